@@ -1,0 +1,1 @@
+"""ONNX files and engines: export, checks, runtimes, builders."""

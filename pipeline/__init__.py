@@ -1,0 +1,1 @@
+"""The pipeline: from a trained checkpoint to a judged release."""

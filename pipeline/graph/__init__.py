@@ -1,0 +1,1 @@
+"""The channel graph of a model: coupled groups, plans, surgery, masks."""

@@ -1,0 +1,1 @@
+"""Allocation: how many channels each coupled group keeps."""

@@ -1,0 +1,310 @@
+"""The recipe: its schema, its loader and the overrides of the command line. Nothing here runs anything."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusepress.pipeline.errors import RecipeError
+
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScoreConfig(Section):
+    """How channels are scored.
+
+    Attributes:
+        method: altermoma (methods.md 1), taylor, magnitude or random.
+        alpha: weight of DeCI.
+        beta: weight of ReRI.
+        batches: training batches that gradients are averaged over (|D| / batch size).
+        reactivation_batches: B, optimiser steps with one modality masked.
+        reactivation_lr: learning rate of those steps.
+        reactivation_optimizer: sgd (as derived in the paper) or adam.
+        aggregate: how weight scores become channel scores: gate (after the norm), abs (sum of |.|), literal (|sum|).
+    """
+
+    method: Literal["altermoma", "taylor", "magnitude", "random"] = "altermoma"
+    alpha: float = Field(default=1.0, ge=0)
+    beta: float = Field(default=1.0, ge=0)
+    batches: int = Field(default=8, ge=1)
+    reactivation_batches: int = Field(default=16, ge=0)
+    reactivation_lr: float = Field(default=1e-3, gt=0)
+    reactivation_optimizer: Literal["sgd", "adam"] = "sgd"
+    aggregate: Literal["gate", "abs", "literal"] = "gate"
+
+
+class PruneConfig(Section):
+    """How many channels go.
+
+    Attributes:
+        macs: kept fraction of the dense multiply-accumulates.
+        params: kept fraction of the dense parameters (give one of the two).
+        allocation: global (one threshold on the ranking below).
+        rank: by score per MAC (or parameter) that a channel costs, or by score alone.
+        floor: smallest kept fraction of any group.
+        min_channels: smallest kept width of any group.
+        align: channel multiple; default: the target's.
+        keep: module paths that must not be pruned, beside the task's.
+        branches: kept-fraction budget for one modality (or "fusion"), in the same unit.
+    """
+
+    macs: Fraction | None = None
+    params: Fraction | None = None
+    allocation: Literal["global"] = "global"
+    rank: Literal["score_per_cost", "score"] = "score_per_cost"
+    floor: float = Field(default=0.1, ge=0, le=1)
+    min_channels: int = Field(default=8, ge=1)
+    align: int | None = Field(default=None, ge=1)
+    keep: tuple[str, ...] = ()
+    branches: dict[str, Fraction] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneConfig:
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("expected exactly one of `macs` and `params`; give the kept fraction, e.g. macs: 0.4")
+        return self
+
+
+class FinetuneConfig(Section):
+    """Recovery training.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate of AdamW (warm-up, then cosine to zero).
+        weight_decay: AdamW's.
+        warmup: fraction of the steps that warms up.
+        distill: learn from the dense model's outputs too.
+        distill_weight: weight of that loss.
+        temperature: of the softened class distributions.
+        ema: decay of the weight average that becomes the result; 0 switches it off.
+        clip: gradient norm limit.
+        modality_dropout: chance that one modality of a batch is blanked.
+        checkpoint_every: steps between resumable checkpoints.
+    """
+
+    steps: int = Field(default=400, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    distill: bool = True
+    distill_weight: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=2.0, gt=0)
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    clip: float = Field(default=5.0, gt=0)
+    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
+    checkpoint_every: int = Field(default=50, ge=1)
+
+
+class SparsifyConfig(Section):
+    """2:4 sparsity. `recover: masked` fine-tunes under the masks for `steps`."""
+
+    pattern: Literal["2:4"] = "2:4"
+    recover: Literal["masked", "none"] = "masked"
+    steps: int = Field(default=200, ge=0)
+    lr: float = Field(default=5e-4, gt=0)
+
+
+class QuantizeConfig(Section):
+    """Precision of the released ONNX. `samples` calibration samples, INT8 ranges by `method`."""
+
+    precision: Precision = "fp16"
+    samples: int = Field(default=64, ge=1)
+    method: Literal["max", "entropy"] = "entropy"
+    exclude: tuple[str, ...] = ()
+
+
+class VerifyConfig(Section):
+    """What `verify` does: bootstrap replicates and the failures it tries."""
+
+    replicates: int = Field(default=2000, ge=200)
+
+
+class AccuracyGate(Section):
+    """Largest allowed drop of a metric (the primary one by default), paired, against the dense model."""
+
+    max_drop: float = Field(ge=0)
+    metric: str | None = None
+
+
+class LatencyGate(Section):
+    """Limits in milliseconds. `p99_ms` counts with measured evidence only."""
+
+    mean_ms: float | None = Field(default=None, gt=0)
+    p99_ms: float | None = Field(default=None, gt=0)
+    evidence: tuple[Literal["measured", "predicted"], ...] = ("measured", "predicted")
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> LatencyGate:
+        if self.mean_ms is None and self.p99_ms is None:
+            raise ValueError("expected `mean_ms` or `p99_ms`; give the limit in milliseconds")
+        if self.p99_ms is not None and self.mean_ms is None and "measured" not in self.evidence:
+            raise ValueError("expected measured evidence for `p99_ms`; a prediction has no tail")
+        return self
+
+
+class RobustnessGate(Section):
+    """How much more the compressed model may lose than the dense one under a failure, and an absolute floor."""
+
+    max_extra_drop: float = Field(ge=0)
+    min: float | None = None
+    severity: Literal[1, 2, 3] = 3
+
+
+class GatesConfig(Section):
+    """All gates; a missing number fails its gate."""
+
+    accuracy: AccuracyGate | None = None
+    latency: LatencyGate | None = None
+    floors: dict[str, float] = Field(default_factory=dict)
+    robustness: dict[str, RobustnessGate] = Field(default_factory=dict)
+
+
+class Recipe(Section):
+    """A whole recipe: what shapes a result, in one reviewed file."""
+
+    task: str
+    checkpoint: str
+    target: str = "host-cpu"
+    power_mode: str | None = None
+    data: str | None = None
+    seed: int = Field(default=0, ge=0)
+    score: ScoreConfig = ScoreConfig()
+    prune: PruneConfig | None = None
+    finetune: FinetuneConfig | None = None
+    sparsify: SparsifyConfig | None = None
+    quantize: QuantizeConfig | None = None
+    verify: VerifyConfig = VerifyConfig()
+    gates: GatesConfig = GatesConfig()
+
+    @field_validator("task")
+    @classmethod
+    def _names_a_class(cls, value: str) -> str:
+        if ":" not in value:
+            raise ValueError("expected `path/to/file.py:ClassName`")
+        return value
+
+
+class LoadedRecipe(BaseModel):
+    """A recipe and where it came from."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    recipe: Recipe
+    path: Path
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths in the recipe start from."""
+        return self.path.parent
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe (overrides included), not of comments or key order."""
+        text = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def resolve(self, path: str) -> Path:
+        """A path named in the recipe: relative to the recipe's folder, else to the working directory."""
+        direct = Path(path).expanduser()
+        if direct.is_absolute():
+            return direct
+        beside = self.base / direct
+        return beside if beside.exists() or not direct.exists() else direct
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, target: str | None = None) -> LoadedRecipe:
+    """Read a recipe file, apply `key=value` overrides, check it against the schema.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, has unknown keys or wrong values; all faults are listed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"expected a recipe file; got none at {path}; correct the path or run `fusepress init`"
+        ) from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise RecipeError(f"expected a YAML recipe file; got {path}, which is not one; name the recipe file") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"expected YAML; got a syntax error at {path}: {str(error).strip()}; mend the file"
+        ) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"expected a mapping of recipe keys; got {type(raw).__name__} at {path}; see docs/recipe.md")
+    for override in overrides:
+        _override(raw, override)
+    if target is not None:
+        raw["target"] = target
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path)) from error
+    return LoadedRecipe(recipe=recipe, path=path.resolve())
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"expected an override as key=value; got {override!r}; write for example -o prune.macs=0.4")
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {}) if section.get(parent) is not None else _fresh(section, parent)
+        if not isinstance(section, dict):
+            raise RecipeError(f"expected {parent!r} to be a section; got a value, in the override {override!r}")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"expected a YAML value; got {text!r} in the override {override!r}") from error
+
+
+def _fresh(section: dict[str, Any], key: str) -> dict[str, Any]:
+    section[key] = {}
+    made: dict[str, Any] = section[key]
+    return made
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "the recipe"
+        if fault["type"] == "extra_forbidden":
+            known = _keys_beside(fault["loc"])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(known)}"
+            lines.append(f"unknown key `{where}`; {hint}")
+        else:
+            lines.append(f"`{where}`: {fault['msg'].removeprefix('Value error, ')}; got {_short(fault.get('input'))}")
+    return f"expected a recipe that fits the schema; got at {path}:\n  " + "\n  ".join(lines)
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation if hasattr(model, "model_fields") else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if not sections:
+            return []
+        model = sections[0]
+    return sorted(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Recovery: training that gets the accuracy back."""

@@ -1,0 +1,1 @@
+"""Reports: from run.json to what people and CI systems read."""

@@ -1,0 +1,1 @@
+"""Channel scores: which channels a model can lose."""

@@ -1,0 +1,1 @@
+"""Stages: each maps input artifacts to output artifacts."""

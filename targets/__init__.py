@@ -1,0 +1,1 @@
+"""Target devices: profiles, legality, latency."""
