@@ -1,0 +1,228 @@
+"""Weight masks: 2:4 along the axis that TensorRT wants, and the holder that keeps any mask through training.
+
+TensorRT's rule (developer guide 6.8): of every 4 consecutive input channels, at fixed output channel and kernel
+position, at most 2 weights are non-zero. In torch layouts that axis is dim 1 of a convolution `[K, C/groups, *kernel]`
+and of a linear layer `[out, in]`. Folding a batch norm scales whole rows, so a mask survives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fusepress.pipeline.errors import CheckpointError, TrainingError
+from fusepress.pipeline.store import atomic_write_bytes
+
+GROUP = 4
+KEPT = 2
+MASKS_FILE = "masks.safetensors"
+_METADATA = {"fusepress": "masks/1"}  # one key only: safetensors does not order its metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """A weight that stays dense, and why."""
+
+    param: str
+    reason: str
+
+
+def magnitude_masks_2to4(model: nn.Module) -> tuple[dict[str, Tensor], list[Skip]]:
+    """2:4 masks that keep the two largest |w| of every 4 consecutive input channels.
+
+    Args:
+        model: convolutions, linear layers and the packed projections of `nn.MultiheadAttention` are looked at.
+
+    Returns:
+        Bool masks by parameter name (True = kept), in the shape of the parameter; and every weight of two or more
+        dimensions that stays dense, with the reason.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
+    masks: dict[str, Tensor] = {}
+    skipped: list[Skip] = []
+    owners: dict[int, str] = {}
+    for name, owner, local, parameter in _weights(model):
+        if id(parameter) in owners:
+            skipped.append(Skip(param=name, reason=f"shares its weight with {owners[id(parameter)]}"))
+            continue
+        owners[id(parameter)] = name
+        reason = _why_dense(owner, local, parameter)
+        if reason is None:
+            masks[name] = choose_2to4(_finite(name, parameter))
+        else:
+            skipped.append(Skip(param=name, reason=reason))
+    return masks, skipped
+
+
+def choose_2to4(weight: Tensor) -> Tensor:
+    """Mask of the two largest |w| of every 4 consecutive entries along dim 1; of equal ones the earlier is kept.
+
+    Args:
+        weight: `[K, C, ...]` with C a multiple of 4.
+
+    Returns:
+        Bool tensor of the same shape.
+    """
+    rows, channels = weight.shape[:2]
+    grouped = weight.detach().abs().reshape(rows, channels // GROUP, GROUP, -1)
+    order = torch.sort(grouped, dim=2, descending=True, stable=True).indices
+    mask = torch.zeros_like(grouped, dtype=torch.bool)
+    mask.scatter_(2, order[:, :, :KEPT], value=True)
+    return mask.reshape(weight.shape)
+
+
+def violations_2to4(weight: Tensor) -> int:
+    """Number of groups of 4 consecutive entries along dim 1 with more than 2 non-zero ones."""
+    rows, channels = weight.shape[:2]
+    grouped = weight.detach().reshape(rows, channels // GROUP, GROUP, -1)
+    return int((grouped.count_nonzero(dim=2) > KEPT).sum())
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    for path, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.dim() >= 2:
+                yield f"{path}.{local}" if path else local, module, local, parameter
+
+
+def _why_dense(owner: nn.Module, local: str, weight: Tensor) -> str | None:
+    if isinstance(owner, _ConvTransposeNd):
+        return "transposed convolution: TensorRT has no sparse kernels for it"
+    if isinstance(owner, nn.MultiheadAttention) and local.endswith("proj_weight"):
+        return _why_not_grouped(weight)
+    if local != "weight" or not isinstance(owner, _ConvNd | nn.Linear):
+        return f"a parameter of {type(owner).__name__}, which is no convolution and no linear layer"
+    if isinstance(owner, _ConvNd) and owner.groups > 1 and weight.shape[1] == 1:
+        return "depthwise convolution: one input channel a group"
+    return _why_not_grouped(weight)
+
+
+def _why_not_grouped(weight: Tensor) -> str | None:
+    channels = int(weight.shape[1])
+    if channels < GROUP:
+        return f"{channels} input channels: fewer than {GROUP}, as in a first layer"
+    if channels % GROUP:
+        return f"{channels} input channels (of each group): no multiple of {GROUP}"
+    return None
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"expected finite weights to choose a 2:4 mask from; got NaN or infinity in {name}; train again or give "
+            "an intact checkpoint"
+        )
+    return weight
+
+
+class MaskHolder:
+    """Masks by parameter name (True = kept), of any pattern, and what it takes to hold them through training.
+
+    Weight decay, momentum and averaging may all revive a masked weight, so `apply` follows every optimiser step, and
+    `apply_to_gradients` precedes it, which keeps masked weights out of the gradient norm and the optimiser's moments.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {name: masks[name].to(torch.bool) for name in sorted(masks)}
+        self._dropped: dict[tuple[str, torch.device], Tensor] = {}
+
+    def apply(self, model: nn.Module) -> None:
+        """Set every masked weight to exactly zero, in place.
+
+        Raises:
+            CheckpointError: the model lacks a masked parameter, or has it in another shape.
+        """
+        with torch.no_grad():
+            for name, parameter in self._parameters(model):
+                parameter.masked_fill_(self._drop(name, parameter.device), 0.0)
+
+    def apply_to_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the masked entries of tensors named as the parameters (a weight average) to zero, in place."""
+        with torch.no_grad():
+            for name in self.masks:
+                tensors[name].masked_fill_(self._drop(name, tensors[name].device), 0.0)
+
+    def apply_to_gradients(self, model: nn.Module) -> None:
+        """Set the gradients of masked weights to zero, in place."""
+        for name, parameter in self._parameters(model):
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(self._drop(name, parameter.device), 0.0)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that every masked weight is exactly zero.
+
+        Raises:
+            TrainingError: with the parameter and the number of weights that are not.
+            CheckpointError: the model lacks a masked parameter, or has it in another shape.
+        """
+        for name, parameter in self._parameters(model):
+            revived = int(parameter.detach()[self._drop(name, parameter.device)].count_nonzero())
+            if revived:
+                raise TrainingError(
+                    f"expected every masked weight to be zero; got {revived} non-zero of "
+                    f"{int((~self.masks[name]).sum())} at {name}; call hooks.after_step() after every optimiser step"
+                )
+
+    def density(self) -> float:
+        """Kept fraction of the weights under masks; 1.0 where there is no mask."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return sum(int(mask.sum()) for mask in self.masks.values()) / total if total else 1.0
+
+    def save(self, path: Path) -> None:
+        """Write the masks as a safetensors file of uint8; the same masks give the same bytes.
+
+        Raises:
+            StoreError: the disk is full or the folder is not writable.
+        """
+        tensors = {name: mask.to(torch.uint8).contiguous().cpu() for name, mask in self.masks.items()}
+        atomic_write_bytes(path, save_tensors(tensors, metadata=_METADATA))
+
+    @classmethod
+    def load(cls, path: Path) -> MaskHolder:
+        """Read masks that `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or holds something else than masks.
+        """
+        try:
+            tensors = load_tensors(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"expected a safetensors file of masks; got {type(error).__name__}: {error} at {path}; "
+                "run the sparsify stage again"
+            ) from error
+        for name, mask in tensors.items():
+            if mask.dtype != torch.uint8 or bool((mask > 1).any()):
+                raise CheckpointError(
+                    f"expected masks of 0 and 1 as uint8; got {name!r} of {mask.dtype} at {path}; "
+                    f"name the {MASKS_FILE} of a run"
+                )
+        return cls(tensors)
+
+    def _parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.masks.items():
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != mask.shape:
+                found = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+                raise CheckpointError(
+                    f"expected a parameter {name} of shape {tuple(mask.shape)}, which a mask names; got {found} in "
+                    f"{type(model).__name__}; the masks belong to another model: make them again"
+                )
+            yield name, parameter
+
+    def _drop(self, name: str, device: torch.device) -> Tensor:
+        key = (name, device)
+        if key not in self._dropped:
+            self._dropped[key] = ~self.masks[name].to(device)
+        return self._dropped[key]
