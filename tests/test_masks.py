@@ -14,7 +14,9 @@ from fusepress.pipeline.errors import CheckpointError, TrainingError
 from fusepress.pipeline.graph.masks import (
     MaskHolder,
     choose_2to4,
+    load_masks,
     magnitude_masks_2to4,
+    save_masks,
     violations_2to4,
 )
 
@@ -156,10 +158,10 @@ def test_no_optimiser_revives_a_masked_weight(optimizer: str) -> None:
 
 def test_saved_masks_are_read_back_and_the_bytes_are_always_the_same(tmp_path: Path) -> None:
     masks, _ = magnitude_masks_2to4(Zoo())
-    MaskHolder(masks).save(tmp_path / "a.safetensors")
-    MaskHolder(dict(reversed(masks.items()))).save(tmp_path / "b.safetensors")
+    save_masks(masks, tmp_path / "a.safetensors")
+    save_masks(dict(reversed(masks.items())), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    loaded = MaskHolder.load(tmp_path / "a.safetensors").masks
+    loaded = load_masks(tmp_path / "a.safetensors")
     assert set(loaded) == set(masks)
     assert all(torch.equal(loaded[name], masks[name]) and loaded[name].dtype == torch.bool for name in masks)
 
@@ -167,16 +169,16 @@ def test_saved_masks_are_read_back_and_the_bytes_are_always_the_same(tmp_path: P
 def test_a_damaged_or_foreign_mask_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "masks.safetensors"
     with pytest.raises(CheckpointError, match="run the sparsify stage again"):
-        MaskHolder.load(path)
-    MaskHolder({"weight": torch.ones(4, 4, dtype=torch.bool)}).save(path)
+        load_masks(path)
+    save_masks({"weight": torch.ones(4, 4, dtype=torch.bool)}, path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="expected a safetensors file of masks"):
-        MaskHolder.load(path)
+        load_masks(path)
     from safetensors.torch import save_file
 
     save_file({"weight": torch.ones(4, 4)}, path)
     with pytest.raises(CheckpointError, match=r"masks of 0 and 1 as uint8; got 'weight' of torch.float32"):
-        MaskHolder.load(path)
+        load_masks(path)
 
 
 def test_masks_of_another_model_are_refused() -> None:

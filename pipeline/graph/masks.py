@@ -88,6 +88,38 @@ def violations_2to4(weight: Tensor) -> int:
     return int((grouped.count_nonzero(dim=2) > KEPT).sum())
 
 
+def save_masks(masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write masks as a safetensors file of uint8; the same masks give the same bytes.
+
+    Raises:
+        StoreError: the disk is full or the folder is not writable.
+    """
+    tensors = {name: mask.to(torch.uint8).contiguous().cpu() for name, mask in masks.items()}
+    atomic_write_bytes(path, save_tensors(tensors, metadata=_METADATA))
+
+
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """Read masks that `save_masks` wrote: bool tensors by parameter name.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else than masks.
+    """
+    try:
+        tensors = load_tensors(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"expected a safetensors file of masks; got {type(error).__name__}: {error} at {path}; "
+            "run the sparsify stage again"
+        ) from error
+    for name, mask in tensors.items():
+        if mask.dtype != torch.uint8 or bool((mask > 1).any()):
+            raise CheckpointError(
+                f"expected masks of 0 and 1 as uint8; got {name!r} of {mask.dtype} at {path}; "
+                f"name the {MASKS_FILE} of a run"
+            )
+    return {name: tensors[name].to(torch.bool) for name in sorted(tensors)}
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -177,37 +209,6 @@ class MaskHolder:
         """Kept fraction of the weights under masks; 1.0 where there is no mask."""
         total = sum(mask.numel() for mask in self.masks.values())
         return sum(int(mask.sum()) for mask in self.masks.values()) / total if total else 1.0
-
-    def save(self, path: Path) -> None:
-        """Write the masks as a safetensors file of uint8; the same masks give the same bytes.
-
-        Raises:
-            StoreError: the disk is full or the folder is not writable.
-        """
-        tensors = {name: mask.to(torch.uint8).contiguous().cpu() for name, mask in self.masks.items()}
-        atomic_write_bytes(path, save_tensors(tensors, metadata=_METADATA))
-
-    @classmethod
-    def load(cls, path: Path) -> MaskHolder:
-        """Read masks that `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or damaged, or holds something else than masks.
-        """
-        try:
-            tensors = load_tensors(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"expected a safetensors file of masks; got {type(error).__name__}: {error} at {path}; "
-                "run the sparsify stage again"
-            ) from error
-        for name, mask in tensors.items():
-            if mask.dtype != torch.uint8 or bool((mask > 1).any()):
-                raise CheckpointError(
-                    f"expected masks of 0 and 1 as uint8; got {name!r} of {mask.dtype} at {path}; "
-                    f"name the {MASKS_FILE} of a run"
-                )
-        return cls(tensors)
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
