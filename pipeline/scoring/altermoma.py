@@ -1,0 +1,379 @@
+"""AlterMOMA: alternate modality masking for pruning multi-modal models (arXiv 2409.17728, NeurIPS 2024).
+
+With theta the trained dense weights, D a fixed set of training batches and B reactivation batches:
+
+* DeCI = |theta * g|, g the mean gradient on D, nothing masked (eq. 6): what a weight contributes.
+* Per modality m: mask m, take g0 on D, train the other branches and the fusion for B batches, take gB on the same D,
+  put theta back. ReRI = |theta * (g0 - gB)| (eq. 10): what wakes up when m falls silent was redundant beside m.
+* S = alpha*N(DeCI) - beta*N(ReRI), N dividing by the sum over the branch (eq. 11 to 13). A branch takes the mean of
+  N(ReRI) over the stages in which another modality is masked, the fusion over all stages. With two modalities that is
+  the paper's formula: one stage for a branch, halves for the fusion. In every branch the scores add up to alpha - beta.
+
+Where the paper is silent, and what holds here: both gradients use the same data (with other data ReRI is mostly noise
+at small steps); all passes are in evaluation mode (running statistics frozen; in training mode the literal channel
+score is identically zero before a BatchNorm); reactivation is plain SGD as in eq. 16, or Adam with a fresh state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusepress.pipeline.errors import TaskError, UsageError
+from fusepress.pipeline.graph.plan import Group
+from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.channels import ChannelScorer, Product, Scorer, WeightScorer
+from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_gradients, reactivate, scoring_batches, silent
+from fusepress.pipeline.scoring.masking import (
+    Snapshot,
+    branch_of_parameters,
+    check_branches,
+    check_masked_gradients,
+    masked,
+    masking_equals_zeroing,
+    untouched,
+)
+from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.task import Batch, LoadedTask
+
+KEPT_AT = (0.75, 0.5, 0.25)  # kept fractions at which the log shows each branch's share
+BARELY_MOVED = 0.01  # relative change of the masked loss below which the reactivation did too little
+
+
+class Grouped(Protocol):
+    """Whatever has coupled groups (a GroupGraph)."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The coupled groups."""
+
+
+def score_altermoma(
+    model: nn.Module,
+    task: LoadedTask,
+    graph: Grouped,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> ScoreResult:
+    """AlterMOMA scores of the channels of every coupled group.
+
+    Costs n + M*(2n + B) forward-backward passes for n scoring batches, B reactivation batches and M modalities, and
+    three copies of the parameters beside the model: theta, g0 and the gradient that accumulates (Adam keeps two more).
+
+    Args:
+        model: the trained dense network; comes back bit-identical.
+        task: its data, losses and branches.
+        graph: its coupled groups.
+        config: alpha, beta, batches, reactivation, aggregation.
+        seed: of the training batches.
+        progress: called with the fraction done and a text.
+
+    Raises:
+        TrainingError: a loss or gradient is NaN or infinite.
+        TaskError: a branch cannot be masked, or the training split is empty.
+    """
+    scorer = ChannelScorer(model, graph.groups, config.aggregate)
+    scores, log = alternate(model, task, scorer, config, seed=seed, progress=progress)
+    log |= {"aggregate": config.aggregate, "branches": branch_statistics(scores, scorer.branch_of)}
+    channel = {key: value.cpu().numpy().astype(np.float32) for key, value in scores.items()}
+    return ScoreResult(channel=channel, log=log)
+
+
+def weight_scores(
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    order: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """AlterMOMA scores of every single weight, as in the paper (unstructured).
+
+    Args:
+        model: the trained dense network; comes back bit-identical.
+        task: its data, losses and branches.
+        config: alpha, beta, batches, reactivation.
+        seed: of the training batches.
+        order: in which the modalities are masked; does not change the result.
+        progress: called with the fraction done and a text.
+
+    Returns:
+        Parameter name -> scores of its shape, and the log.
+
+    Raises:
+        TrainingError: a loss or gradient is NaN or infinite.
+        TaskError: a branch cannot be masked, or the training split is empty.
+    """
+    branch_of = branch_of_parameters(model, task.branches)
+    floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    scorer = WeightScorer({name: branch for name, branch in branch_of.items() if name in floating})
+    scores, log = alternate(model, task, scorer, config, seed=seed, order=order, progress=progress)
+    return scores, log | {"branches": branch_statistics(scores, scorer.branch_of)}
+
+
+def weight_masks(scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """Masks that remove exactly round(ratio * N) of all N weights: those with the lowest scores, ties by position.
+
+    Args:
+        scores: parameter name -> scores.
+        ratio: removed fraction.
+
+    Returns:
+        Parameter name -> bool tensor, True = kept.
+
+    Raises:
+        UsageError: the ratio is not between 0 and 1.
+    """
+    if not 0 <= ratio <= 1:
+        raise UsageError(f"expected a removed fraction from 0 to 1; got {ratio}; give for example 0.8")
+    flat = torch.cat([value.flatten() for value in scores.values()])
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[torch.argsort(flat, stable=True)[: round(ratio * flat.numel())]] = False
+    parts = keep.split([value.numel() for value in scores.values()])
+    return {name: part.reshape(scores[name].shape) for (name, part) in zip(scores, parts, strict=True)}
+
+
+def alternate(
+    model: nn.Module,
+    task: LoadedTask,
+    scorer: Scorer,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    order: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The algorithm itself, whatever a key of the scorer is (a weight tensor or a coupled group).
+
+    Returns:
+        Key -> S, and the log.
+
+    Raises:
+        TrainingError: a loss or gradient is NaN or infinite.
+        TaskError: a branch cannot be masked, or the training split is empty.
+    """
+    check_branches(model, task.branches)
+    stages = _stage_order(task, config, order)
+    passes = Passes(
+        total=config.batches + len(stages) * (2 * config.batches + config.reactivation_batches), progress=progress
+    )
+    with untouched(model, seed=seed) as snapshot:
+        run = _Run(model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot)
+        scores, loss = run.contribution()
+        redundancy: dict[str, Tensor] = {}
+        logs = []
+        for modality in stages:
+            found, stage_log = run.redundancy(modality)
+            logs.append(stage_log)
+            for key, value in found.items():
+                share = value / _stages_seen(scorer.branch_of[key], task.branches)
+                redundancy[key] = redundancy[key].add_(share) if key in redundancy else share
+    for key, value in scores.items():
+        value.mul_(config.alpha)
+        if key in redundancy:
+            value.sub_(redundancy.pop(key), alpha=config.beta)
+    return scores, {
+        "method": "altermoma",
+        "alpha": config.alpha,
+        "beta": config.beta,
+        "seed": seed,
+        "loss": loss,
+        "samples": sum(batch.size for batch in run.data),
+        "passes": passes.done,
+        "stages": logs,
+        "notes": _notes(task, config, logs),
+    }
+
+
+def _stage_order(task: LoadedTask, config: ScoreConfig, order: Sequence[str] | None) -> list[str]:
+    """Which modalities are masked one after the other; none where ReRI would not count.
+
+    The order is the alphabet's unless given, so that not even rounding depends on how the task lists its branches.
+    """
+    wanted = sorted(task.branches) if order is None else list(order)
+    if sorted(wanted) != sorted(task.branches):
+        raise TaskError(f"expected an order of the modalities {sorted(task.branches)}; got {wanted}; name each once")
+    return wanted if len(wanted) > 1 and config.beta > 0 else []
+
+
+def _stages_seen(branch: str, branches: Mapping[str, Any]) -> int:
+    """In how many stages a branch is not the masked one."""
+    return len(branches) - 1 if branch in branches else len(branches)
+
+
+def normalise(values: Mapping[str, Tensor], branch_of: Mapping[str, str]) -> dict[str, Tensor]:
+    """N(v): divide by the sum over the branch; a branch without any mass stays zero instead of 0/0.
+
+    Args:
+        values: key -> non-negative numbers; divided in place.
+        branch_of: key -> branch.
+    """
+    sums: dict[str, list[float]] = {}
+    for key, value in values.items():
+        sums.setdefault(branch_of[key], []).append(float(value.sum(dtype=torch.float64)))
+    totals = {branch: math.fsum(parts) for branch, parts in sums.items()}
+    return {key: value.div_(totals[branch_of[key]] or 1.0) for key, value in values.items()}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One scoring of one model: the passes that AlterMOMA is made of."""
+
+    model: nn.Module
+    task: LoadedTask
+    scorer: Scorer
+    config: ScoreConfig
+    seed: int
+    passes: Passes
+    snapshot: Snapshot
+    data: list[Batch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = scoring_batches(self.task, self.seed, self.config.batches)
+
+    def contribution(self) -> tuple[dict[str, Tensor], float]:
+        """N(DeCI) of every key, and the unmasked loss."""
+        loss = mean_gradients(self.model, self.task, self.data, self.passes, "contribution, nothing masked")
+        values = self.scorer.scores(self._product({}), self.scorer.branch_of)
+        return normalise(values, self.scorer.branch_of), loss
+
+    def redundancy(self, modality: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """N(ReRI) of every key outside the masked modality, and the log of the stage; the model is put back."""
+        branch_of = branch_of_parameters(self.model, self.task.branches)
+        where = f"{modality} masked"
+        equal = masking_equals_zeroing(self.model, self._inputs(), self.task.branches, modality)
+        others = [p for name, p in self.model.named_parameters() if branch_of[name] != modality]
+        try:
+            with masked(self.model, self.task.branches[modality], modality):
+                before = mean_gradients(self.model, self.task, self.data, self.passes, where)
+                check_masked_gradients(self.model, branch_of, modality)
+                self._freeze(branch_of, modality)
+                first = {p: p.grad.detach().clone() for p in others if p.grad is not None}
+                steps = self._reactivate(others, where)
+                after = mean_gradients(self.model, self.task, self.data, self.passes, f"{where}, reactivated")
+            keys = [key for key, branch in self.scorer.branch_of.items() if branch != modality]
+            values = self.scorer.scores(self._product(first), keys)
+        finally:
+            self._put_back()
+        log = {
+            "masked": modality,
+            "loss_before": before,
+            "loss_after": after,
+            "steps": steps,
+            "zeroed_parameters_equal": equal,
+        }
+        return normalise(values, self.scorer.branch_of), log
+
+    def _inputs(self) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in self.data[0].inputs.items()}
+
+    def _freeze(self, branch_of: Mapping[str, str], modality: str) -> None:
+        """Take the masked branch out of the graph, which spares its activations; its updates are zero anyway."""
+        for name, parameter in self.model.named_parameters():
+            if branch_of[name] == modality:
+                parameter.requires_grad_(False)
+
+    def _reactivate(self, others: Iterable[nn.Parameter], where: str) -> int:
+        """B steps on the batches after D. What the user froze stays frozen, unless everything is."""
+        trainable = self.snapshot.trainable or set(self.snapshot.initial)
+        chosen = [p for p in others if p in trainable and p.is_floating_point()]
+        if not chosen:
+            return 0
+        stream = self.task.train_batches(self.seed, start=self.config.batches)
+        return reactivate(
+            self.model,
+            self.task,
+            chosen,
+            itertools.islice(stream, self.config.reactivation_batches),
+            self.passes,
+            optimizer=self.config.reactivation_optimizer,
+            lr=self.config.reactivation_lr,
+            where=where,
+        )
+
+    def _put_back(self) -> None:
+        self.snapshot.restore_values()
+        for parameter in self.snapshot.initial:
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def _product(self, first: Mapping[nn.Parameter, Tensor]) -> Product:
+        """theta_init * (g0 - g), or theta_init * g without g0 (the sign does not matter to |.|)."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        initial = self.snapshot.initial
+
+        def product(name: str) -> Tensor:
+            parameter = parameters[name]
+            theta, gradient, g0 = initial[parameter], parameter.grad, first.get(parameter)
+            if gradient is not None:
+                return theta * gradient if g0 is None else (g0 - gradient).mul_(theta)
+            return torch.zeros_like(theta) if g0 is None else theta * g0
+
+        return product
+
+
+def _notes(task: LoadedTask, config: ScoreConfig, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    if len(task.branches) < 2:
+        notes.append(
+            f"one modality ({', '.join(task.branches) or 'none'}): nothing can be redundant beside another, so the "
+            "score is the contribution (DeCI) alone"
+        )
+    elif config.beta == 0:
+        notes.append("beta is 0: the redundancy term was not computed")
+    for stage in stages:
+        before, after, masked_name = stage["loss_before"], stage["loss_after"], stage["masked"]
+        if after > before:
+            notes.append(
+                f"with {masked_name} masked the loss rose from {before:.4g} to {after:.4g} in the reactivation: "
+                "lower score.reactivation_lr"
+            )
+        elif before - after < BARELY_MOVED * abs(before):
+            notes.append(
+                f"with {masked_name} masked the loss moved only from {before:.4g} to {after:.4g} in the reactivation: "
+                "raise score.reactivation_lr or score.reactivation_batches, or redundancy is mostly noise"
+            )
+    return notes
+
+
+def branch_statistics(scores: Mapping[str, Tensor], branch_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Per branch: how many scores, their sum and spread, and its kept share under one global threshold.
+
+    Normalising by branch makes scores scale like one over the branch's size, so that small branches keep more; the
+    shares show how much.
+
+    Returns:
+        Branch -> {count, sum, mean, std, min, max, kept_at: {"0.5": share kept when half of everything is kept}}.
+    """
+    flat = {key: value.detach().flatten() for key, value in scores.items()}
+    if not flat:
+        return {}
+    order = torch.cat(list(flat.values())).argsort(stable=True, descending=True)
+    members = {b: [key for key in flat if branch_of[key] == b] for b in dict.fromkeys(branch_of.values())}
+    names = list(members)
+    owner = torch.cat([torch.full_like(v, names.index(branch_of[k]), dtype=torch.int16) for k, v in flat.items()])
+    ranked = owner[order]
+    result: dict[str, dict[str, Any]] = {}
+    for index, branch in enumerate(names):
+        values = torch.cat([flat[key] for key in members[branch]]).double()
+        kept = {f: int((ranked[: round(f * len(ranked))] == index).sum()) / len(values) for f in KEPT_AT}
+        result[branch] = {
+            "count": len(values),
+            "sum": float(values.sum()),
+            "mean": float(values.mean()),
+            "std": float(values.std(correction=0)),
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "kept_at": {f"{fraction:g}": share for fraction, share in kept.items()},
+        }
+    return result

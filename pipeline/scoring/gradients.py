@@ -1,0 +1,156 @@
+"""Passes over training batches: mean gradients and the optimiser steps of the reactivation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusepress.pipeline.errors import TaskError, TrainingError
+from fusepress.pipeline.task import Batch, LoadedTask
+
+Progress = Callable[[float, str], None]
+
+
+def silent(_fraction: float, _text: str) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Passes:
+    """Counts forward-backward passes (one a batch) and reports them.
+
+    Attributes:
+        total: how many there will be.
+        progress: called with the fraction done and what is being done.
+        done: how many there were.
+    """
+
+    total: int
+    progress: Progress = silent
+    done: int = field(default=0, init=False)
+
+    def step(self, text: str) -> None:
+        """One more pass is done."""
+        self.done += 1
+        self.progress(min(1.0, self.done / max(1, self.total)), text)
+
+
+def scoring_batches(task: LoadedTask, seed: int, count: int) -> list[Batch]:
+    """The first `count` training batches, held in memory: every gradient is taken on the very same data D.
+
+    Raises:
+        TaskError: the training split is empty.
+    """
+    return list(itertools.islice(task.train_batches(seed), count))
+
+
+def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> Tensor:
+    """The sum of the task's losses on one batch, with its graph.
+
+    Raises:
+        TrainingError: the loss is NaN or infinite.
+        TaskError: the loss does not depend on the parameters.
+    """
+    moved = _on_device(batch, next((p.device for p in model.parameters()), torch.device("cpu")))
+    losses = task.losses(task.as_dict(model(**moved.inputs)), moved)
+    total: Tensor = reduce(add, losses.values()).sum()
+    if not bool(torch.isfinite(total)):
+        values = {name: float(value.detach().sum()) for name, value in losses.items()}
+        raise TrainingError(
+            f"expected a finite loss; got {values} at {where}; check the labels and the checkpoint, lower "
+            "score.reactivation_lr if it was finite before the reactivation, or use score.method: magnitude"
+        )
+    if not total.requires_grad:
+        raise TaskError(
+            f"expected losses() to depend on the model's parameters; got a constant {float(total)} at {where}; "
+            "remove detach() or no_grad() from the model or the losses"
+        )
+    return total
+
+
+def mean_gradients(model: nn.Module, task: LoadedTask, batches: Sequence[Batch], passes: Passes, where: str) -> float:
+    """Leave in every parameter's `grad` the gradient of the mean loss over all samples of the batches.
+
+    Batches weigh by their number of samples. `grad` stays None where a parameter does not reach the loss.
+
+    Returns:
+        The mean loss.
+
+    Raises:
+        TrainingError: a loss or a gradient is NaN or infinite.
+    """
+    model.zero_grad(set_to_none=True)
+    samples = sum(batch.size for batch in batches)
+    losses = []
+    for index, batch in enumerate(batches):
+        share = batch.size / samples
+        loss = batch_loss(model, task, batch, f"batch {index} ({where})")
+        (loss * share).backward()
+        losses.append(float(loss.detach()) * share)
+        passes.step(where)
+    _check_finite_gradients(model, where)
+    return math.fsum(losses)
+
+
+def _check_finite_gradients(model: nn.Module, where: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            raise TrainingError(
+                f"expected finite gradients; got NaN or infinity at {name} ({where}); guard divisions and square roots "
+                "against zero features (x / (norm + eps)), or use score.method: magnitude"
+            )
+
+
+def reactivate(
+    model: nn.Module,
+    task: LoadedTask,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    passes: Passes,
+    *,
+    optimizer: Literal["sgd", "adam"],
+    lr: float,
+    where: str,
+) -> int:
+    """Train the given parameters, one step a batch, with a fresh optimiser that nobody keeps.
+
+    Plain SGD is what the derivation of AlterMOMA uses (eq. 16): no momentum, no decay.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        TrainingError: a loss is NaN or infinite.
+    """
+    stepper: Any = (torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam)(parameters, lr=lr)
+    steps = 0
+    for index, batch in enumerate(batches):
+        model.zero_grad(set_to_none=True)
+        loss = batch_loss(model, task, batch, f"reactivation step {index} ({where})")
+        loss.backward()
+        stepper.step()
+        steps += 1
+        passes.step(where)
+    return steps
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return replace(batch, inputs=_moved(batch.inputs, device), targets=_moved(batch.targets, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_moved(item, device) for item in value)
+    return value
