@@ -120,9 +120,9 @@ class SparsifyConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Precision of the released ONNX. `samples` calibration samples, INT8 ranges by `method`."""
+    """Precision of the released ONNX (default: fp16, for host-cpu fp32); INT8 ranges by `method` over `samples`."""
 
-    precision: Precision = "fp16"
+    precision: Precision | None = None
     samples: int = Field(default=64, ge=1)
     method: Literal["max", "entropy"] = "entropy"
     exclude: tuple[str, ...] = ()

@@ -1,0 +1,448 @@
+"""The library behind the command line: each verb is one function here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fusepress
+from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.errors import CheckpointError, RecipeError, StoreError, TaskError, UsageError
+from fusepress.pipeline.evidence import RUN_JSON, Measurement, RunRecord, Verdict, read_run
+from fusepress.pipeline.gates import judge, load_replicates, overall
+from fusepress.pipeline.recipe import GatesConfig, LoadedRecipe, Recipe, load_recipe
+from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file
+from fusepress.targets.legality import check_legality
+from fusepress.targets.profile import Profile, load_profile
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.stages.base import Context
+    from fusepress.pipeline.task import LoadedTask
+
+RECIPE_JSON = "recipe.json"
+REPORT_FILES = ("report.html", "junit.xml", "summary.md")
+ENVIRONMENT_TOOLS = (
+    "torch",
+    "torch-pruning",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "nvidia-modelopt",
+    "tensorrt_rtx",
+    "numpy",
+    "scipy",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        record: the run record, as in run.json.
+        folder: the run folder.
+        worked: False when every stage was already there.
+    """
+
+    record: RunRecord
+    folder: Path
+    worked: bool
+
+
+def compress(
+    recipe: str | Path,
+    *,
+    target: str | None = None,
+    run: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    from_stage: str | None = None,
+    reporter: Reporter | None = None,
+    command: str = "",
+) -> Outcome:
+    """Run all stages of a recipe and judge the result.
+
+    Args:
+        recipe: the YAML file.
+        target: a device profile, in place of the recipe's.
+        run: the run folder; default `runs/<recipe>-<target>`.
+        overrides: `key=value` changes to the recipe.
+        from_stage: make this stage and all later ones anew.
+        reporter: where progress goes; default: the terminal.
+        command: what was typed, for the report.
+
+    Raises:
+        FusepressError: with the exit code of its branch.
+    """
+    reporter = reporter or Reporter()
+    loaded = load_recipe(Path(recipe), overrides, target=target)
+    ctx = make_context(loaded, reporter)
+    folder = Path(run) if run is not None else default_run_folder(loaded, ctx.profile)
+    _refuse_foreign_folder(folder)
+    from fusepress.pipeline.runner import run_stages
+    from fusepress.pipeline.stages import STAGES
+
+    preflight(ctx, Store(folder.parent / ".store"))
+    record = new_record(ctx, folder, command)
+    previous = _previous(folder)
+    worked = run_stages(ctx, STAGES, record, folder, from_stage=from_stage)
+    atomic_write_text(folder / RECIPE_JSON, _recipe_json(loaded))
+    judge_run(record, folder, loaded.recipe.gates)
+    _write_reports(record, folder, previous, worked=worked)
+    return Outcome(record=record, folder=folder, worked=worked)
+
+
+def default_run_folder(loaded: LoadedRecipe, profile: Profile) -> Path:
+    """`runs/<recipe>-<target>`; a file called recipe.yaml goes by its folder's name."""
+    stem = loaded.path.stem
+    name = loaded.path.parent.name if stem == "recipe" else stem
+    return Path("runs") / f"{name}-{profile.name}"
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """A run writes and removes stage folders: never in a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"expected --run to name a folder; got the file {folder}; name another")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_JSON).exists():
+        if {p.name for p in folder.iterdir()} <= {".lock", "log.txt"}:
+            return
+        raise UsageError(
+            f"expected --run to name a run folder or an empty one; got {folder}, which holds other files; name another"
+        )
+
+
+def make_context(loaded: LoadedRecipe, reporter: Reporter) -> Context:
+    """Check recipe, target and task against each other; nothing is run yet.
+
+    Raises:
+        UsageError: what is illegal for the target, or a broken task, before the first stage.
+    """
+    recipe = loaded.recipe
+    profile = load_profile(recipe.target, base=loaded.base)
+    mode = recipe.power_mode or profile.default_mode
+    profile.mode(mode)
+    precision = release_precision(recipe, profile)
+    check_legality(profile, precision, sparsity=recipe.sparsify is not None)
+    _check_onnx_start(recipe)
+    from fusepress.pipeline.stages.base import Context
+    from fusepress.pipeline.task import load_task
+
+    data = loaded.resolve(recipe.data) if recipe.data is not None else None
+    if data is not None and not data.exists():
+        raise RecipeError(f"expected `data` to name an existing folder; got {data}; correct it or use -o data=FOLDER")
+    task = load_task(recipe.task, base=loaded.base, data=data)
+    _check_names(recipe, task)
+    checkpoint = _find_checkpoint(loaded, task)
+    return Context(
+        loaded=loaded,
+        task=task,
+        profile=profile,
+        power_mode=mode,
+        precision=precision,
+        checkpoint=checkpoint,
+        checkpoint_sha256=sha256_file(checkpoint) if checkpoint is not None else "train_dense",
+        reporter=reporter,
+    )
+
+
+def release_precision(recipe: Recipe, profile: Profile) -> Any:
+    """The recipe's precision, else fp16 for GPU targets and fp32 for this host."""
+    if recipe.quantize is not None and recipe.quantize.precision is not None:
+        return recipe.quantize.precision
+    return "fp32" if profile.family == "host" else "fp16"
+
+
+def _check_onnx_start(recipe: Recipe) -> None:
+    asked = [name for name in ("prune", "finetune", "sparsify") if getattr(recipe, name) is not None]
+    if recipe.checkpoint.endswith(".onnx") and asked:
+        raise RecipeError(
+            f"expected a torch checkpoint for {', '.join(asked)}; got the ONNX file {recipe.checkpoint}; remove these "
+            "sections: an ONNX file enters at quantize"
+        )
+
+
+def _check_names(recipe: Recipe, task: LoadedTask) -> None:
+    """Metric, branch and failure names of the recipe against what the task has."""
+    from fusepress.pipeline.corrupt import failures_of
+
+    gates = recipe.gates
+    wanted = [("gates.floors", name) for name in gates.floors]
+    if gates.accuracy is not None and gates.accuracy.metric is not None:
+        wanted.append(("gates.accuracy.metric", gates.accuracy.metric))
+    for where, name in wanted:
+        if name not in task.metrics:
+            raise RecipeError(f"expected `{where}` to name a metric of the task, {list(task.metrics)}; got {name!r}")
+    for branch in recipe.prune.branches if recipe.prune else {}:
+        if branch not in {*task.branches, "fusion"}:
+            raise RecipeError(
+                f"expected `prune.branches` to name a branch of the task, {[*task.branches, 'fusion']}; got {branch!r}"
+            )
+    for failure in gates.robustness:
+        if failure not in failures_of(task):
+            raise RecipeError(
+                f"expected `gates.robustness` to name a failure, one of {failures_of(task)}; got {failure!r}"
+            )
+
+
+def _find_checkpoint(loaded: LoadedRecipe, task: LoadedTask) -> Path | None:
+    path = loaded.resolve(loaded.recipe.checkpoint)
+    if path.is_file():
+        return path
+    if task.offers("train_dense"):
+        return None
+    raise CheckpointError(
+        f"expected a checkpoint file; got none at {path}; correct `checkpoint` in {loaded.path.name}, or give the task "
+        "a train_dense method that makes it"
+    )
+
+
+def preflight(ctx: Context, store: Store) -> None:
+    """Check task and checkpoint on one batch, unless a stored baseline proves that they passed before.
+
+    Raises:
+        UsageError: with what was expected, what was found and what to do; nothing was written.
+    """
+    from fusepress.pipeline.stages import STAGES
+
+    if store.entry_path(content_key(STAGES[0].key_parts(ctx))).exists():
+        return
+    if ctx.from_onnx:
+        _check_onnx_file(ctx)
+        return
+    from fusepress.pipeline.graph.apply import load_checkpoint
+    from fusepress.pipeline.task import check_task
+
+    try:
+        model = ctx.task.build_model()
+    except Exception as error:
+        raise TaskError(
+            f"expected {ctx.task.name}.build_model() to make the dense model; got {type(error).__name__}: {error}; "
+            "mend the task (use --debug for the traceback)"
+        ) from error
+    if ctx.checkpoint is not None:
+        load_checkpoint(model, ctx.checkpoint)
+    check_task(ctx.task, model)
+
+
+def _check_onnx_file(ctx: Context) -> None:
+    from fusepress.export.runtime import OnnxSession
+    from fusepress.pipeline.errors import ExportError
+
+    assert ctx.checkpoint is not None
+    try:
+        OnnxSession(ctx.checkpoint)
+    except ExportError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def new_record(ctx: Context, folder: Path, command: str) -> RunRecord:
+    """A run record with everything but its stages."""
+    from fusepress.pipeline.stages.base import tool_versions
+
+    return RunRecord(
+        schema=1,
+        name=folder.name,
+        fusepress=fusepress.__version__,
+        target=ctx.profile.name,
+        recipe_sha256=ctx.loaded.sha256(),
+        task_sha256=ctx.task.source.sha256(),
+        checkpoint_sha256=ctx.checkpoint_sha256,
+        seed=ctx.recipe.seed,
+        command=command,
+        target_profile={
+            "family": ctx.profile.family,
+            "runtime": ctx.profile.runtime,
+            "power_mode": ctx.power_mode,
+            "precision": ctx.precision,
+            "description": ctx.profile.description,
+            "latency_validated": ctx.profile.latency_validated,
+            "unconfirmed": list(ctx.profile.unconfirmed),
+        },
+        task={"name": ctx.task.name, "metrics": dict(ctx.task.metrics), "branches": ctx.task.branches},
+        environment={
+            "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "tools": tool_versions(*ENVIRONMENT_TOOLS),
+        },
+    )
+
+
+def judge_run(record: RunRecord, folder: Path, gates: GatesConfig) -> None:
+    """Judge a run's stored numbers; the verdict, and what stays releasable, go into the record and run.json."""
+    replicates = (
+        load_replicates(folder / record.artifacts["replicates"].path) if "replicates" in record.artifacts else None
+    )
+    verdicts = judge(record, replicates, gates, record.task["metrics"])
+    verify = record.stage("verify")
+    assert verify is not None
+    verify.verdicts = verdicts
+    record.verdict, record.why = overall(verdicts)
+    record.released = _released(record)
+    atomic_write_text(folder / RUN_JSON, record.to_json())
+
+
+def _released(record: RunRecord) -> str:
+    """What may be released: the run's own artifact, or, where a gate failed, the dense model."""
+    if record.verdict == "PASS":
+        return next(name for name in ("engine", "build_kit", "onnx") if name in record.artifacts)
+    return "dense_onnx"
+
+
+def _previous(folder: Path) -> RunRecord | None:
+    try:
+        return read_run(folder)
+    except StoreError:
+        return None
+
+
+def _write_reports(record: RunRecord, folder: Path, previous: RunRecord | None, *, worked: bool) -> None:
+    """The reports, unless they already tell the same."""
+    same = previous is not None and _told(previous) == _told(record)
+    if not worked and same and all((folder / name).exists() for name in REPORT_FILES):
+        return
+    write_reports(folder)
+
+
+def write_reports(folder: Path) -> None:
+    """report.html, junit.xml and summary.md of a run folder."""
+    from fusepress.pipeline.report.html import write_report
+    from fusepress.pipeline.report.junit import write_junit
+    from fusepress.pipeline.report.markdown import write_summary
+
+    write_report(folder)
+    write_junit(folder)
+    write_summary(folder)
+
+
+def _told(record: RunRecord) -> str:
+    """A record without what changes from run to run when nothing was done."""
+    stages = [s.model_copy(update={"status": "done" if s.status == "cached" else s.status}) for s in record.stages]
+    plain = record.model_copy(update={"command": "", "stages": stages, "name": ""})
+    return hashlib.sha256(plain.to_json().encode()).hexdigest()
+
+
+def _recipe_json(loaded: LoadedRecipe) -> str:
+    return json.dumps(loaded.recipe.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run folder was made from, with overrides."""
+    path = folder / RECIPE_JSON
+    if not path.exists():
+        raise StoreError(
+            f"expected {RECIPE_JSON} in the run folder; got none at {folder}; run `fusepress compress` again"
+        )
+    return load_recipe(path, overrides).recipe
+
+
+def gate(run: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
+    """Judge a finished run again, with another budget if overrides say so; no stage is run, no torch is needed.
+
+    Raises:
+        StoreError: the folder is not a finished run.
+        RecipeError: an override does not fit.
+    """
+    folder = Path(run)
+    record = read_run(folder)
+    if record.stage("verify") is None or record.stage("verify").status not in ("done", "cached"):  # type: ignore[union-attr]
+        raise StoreError(f"expected a finished run; got one without results of verify at {folder}; run compress again")
+    judge_run(record, folder, run_recipe(folder, overrides).gates)
+    write_reports(folder)
+    return Outcome(record=record, folder=folder, worked=True)
+
+
+def report(run: str | Path) -> Path:
+    """Write the reports of a run folder again; returns the HTML file."""
+    folder = Path(run)
+    read_run(folder)
+    write_reports(folder)
+    return folder / REPORT_FILES[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What `measure` found on this host.
+
+    Attributes:
+        measurements: mean, p50 and p99 in milliseconds.
+        verdicts: one for every budget.
+        environment: clocks, load and threads at the time.
+        record: the run, judged again, where a run folder was measured.
+    """
+
+    measurements: list[Measurement]
+    verdicts: list[Verdict]
+    environment: dict[str, Any]
+    record: RunRecord | None = None
+
+
+def measure(what: str | Path, *, budgets: Sequence[str] = (), seconds: float = 10.0) -> Measured:
+    """Measure an ONNX file, or the released ONNX of a run, on this host with ONNX Runtime.
+
+    Args:
+        what: a run folder (the measurement is added to it, and it is judged again) or an ONNX file.
+        budgets: limits such as `p99_ms=5` or `mean_ms=3`.
+        seconds: longest time spent measuring.
+
+    Raises:
+        UsageError: neither a run nor an ONNX file, or a budget that is not one.
+    """
+    from fusepress.pipeline.measuring import budget_verdicts, measure_onnx, parse_budgets
+
+    limits = parse_budgets(budgets)
+    path = Path(what)
+    if path.is_dir():
+        return _measure_run(path, limits, seconds)
+    if path.suffix != ".onnx" or not path.is_file():
+        raise UsageError(f"expected a run folder or an ONNX file; got {path}; name one of the two")
+    measurements, environment = measure_onnx(path, "host-cpu", None, seconds)
+    return Measured(measurements=measurements, verdicts=budget_verdicts(measurements, limits), environment=environment)
+
+
+def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Measured:
+    from fusepress.pipeline.measuring import budget_verdicts, measure_onnx
+
+    record = read_run(folder)
+    if "onnx" not in record.artifacts or record.stage("verify") is None:
+        raise StoreError(f"expected a finished run; got one without an ONNX artifact at {folder}; run compress again")
+    precision = record.target_profile.get("precision")
+    measurements, environment = measure_onnx(folder / record.artifacts["onnx"].path, "host-cpu", precision, seconds)
+    verify = record.stage("verify")
+    assert verify is not None
+    names = {m.name for m in measurements}
+    verify.measurements = [
+        m for m in verify.measurements if not (m.name in names and m.device == "host-cpu" and m.kind == "measured")
+    ] + measurements
+    judge_run(record, folder, run_recipe(folder).gates)
+    write_reports(folder)
+    return Measured(
+        measurements=measurements,
+        verdicts=budget_verdicts(measurements, limits),
+        environment=environment,
+        record=record,
+    )
+
+
+def plan(
+    recipe: str | Path,
+    *,
+    target: str | None = None,
+    run: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A dry run: what would be done, what is frozen and why, whether the budget can be reached, at what cost.
+
+    Nothing is trained and nothing is written.
+    """
+    from fusepress.pipeline.planning import plan_run
+
+    loaded = load_recipe(Path(recipe), overrides, target=target)
+    ctx = make_context(loaded, Reporter(quiet=True))
+    folder = Path(run) if run is not None else default_run_folder(loaded, ctx.profile)
+    return plan_run(ctx, folder)

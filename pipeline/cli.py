@@ -1,0 +1,316 @@
+"""The command line: each verb parses its arguments, makes one call into the library and prints what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import fusepress
+from fusepress.pipeline.errors import EXIT_INTERRUPTED, FusepressError
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.api import Measured, Outcome
+    from fusepress.pipeline.evidence import Verdict
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EPILOG = (
+    "Exit codes: 0 released, 2 usage or configuration, 3 a gate failed, 4 inconclusive or anomalous, "
+    "5 a stage failed, 130 interrupted."
+)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fusepress.__version__, prog_name="fusepress")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Compress a trained camera-LiDAR checkpoint for a device, and prove that the release still works."""
+    context.obj = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fusepress` command."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; no user's mistake shows a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        result = cli.main(args=given, prog_name="fusepress", standalone_mode=False, obj=debug)
+        return int(result or 0)
+    except click.exceptions.Abort:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to resume", err=True)
+        return EXIT_INTERRUPTED
+    except FusepressError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(
+            f"error: an unexpected {type(error).__name__}: {error}; this is a fault of fusepress: run again with "
+            "--debug and report the traceback",
+            err=True,
+        )
+        return 5
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")(function)
+
+
+def _override_option(function: F) -> F:
+    return click.option(
+        "-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one recipe key; repeatable."
+    )(function)
+
+
+def _with_command(function: Callable[..., int]) -> Callable[..., int]:
+    """Give the verb the command line as typed, for the report's reproduce line."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> int:
+        import shlex
+
+        return function(*args, command="fusepress " + shlex.join(sys.argv[1:]), **kwargs)
+
+    return wrapper
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--target", help="Device profile, in place of the recipe's.")
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Run folder [runs/<recipe>-<target>].")
+@click.option("--from", "from_stage", metavar="STAGE", help="Make this stage and all later ones anew.")
+@_override_option
+@_json_option
+@_with_command
+def compress(
+    recipe: Path,
+    target: str | None,
+    run_folder: Path | None,
+    from_stage: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    command: str,
+) -> int:
+    """Run every stage of RECIPE, judge the result, write the report.
+
+    What is already done is reused; a stopped run resumes with the same command.
+    """
+    from fusepress.pipeline import api
+    from fusepress.pipeline.console import Reporter
+
+    outcome = api.compress(
+        recipe,
+        target=target,
+        run=run_folder,
+        overrides=overrides,
+        from_stage=from_stage,
+        reporter=Reporter(quiet=as_json),
+        command=command,
+    )
+    return _tell(outcome, as_json)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--target", help="Device profile, in place of the recipe's.")
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Run folder whose results count as cached.")
+@_override_option
+@_json_option
+def plan(recipe: Path, target: str | None, run_folder: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Dry run: what RECIPE would do, what is frozen and why, whether the budget can be reached."""
+    from fusepress.pipeline import api
+    from fusepress.pipeline.text import plan_lines
+
+    facts = api.plan(recipe, target=target, run=run_folder, overrides=overrides)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        _print_lines(plan_lines(facts))
+    budget = facts.get("budget", {"reachable": True})
+    return 0 if budget["reachable"] else 2
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@_override_option
+@_json_option
+def gate(run_folder: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Judge a finished RUN again, with other budgets if -o says so. No stage is run."""
+    from fusepress.pipeline import api
+
+    return _tell(api.gate(run_folder, overrides=overrides), as_json)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+def report(run_folder: Path) -> int:
+    """Write report.html, junit.xml and summary.md of RUN again."""
+    from fusepress.pipeline import api
+
+    click.echo(str(api.report(run_folder)))
+    return 0
+
+
+@cli.command()
+@click.argument("what", metavar="RUN|MODEL.onnx", type=click.Path(path_type=Path))
+@click.option("--budget", "budgets", multiple=True, metavar="NAME=MS", help="Limit, e.g. p99_ms=5; repeatable.")
+@click.option("--seconds", default=10.0, show_default=True, help="Longest time spent measuring.")
+@_json_option
+def measure(what: Path, budgets: tuple[str, ...], seconds: float, as_json: bool) -> int:
+    """Measure latency on this host (ONNX Runtime); a RUN gets the figures added and is judged again."""
+    from fusepress.pipeline import api
+    from fusepress.pipeline.gates import exit_code, overall
+
+    measured = api.measure(what, budgets=budgets, seconds=seconds)
+    if as_json:
+        click.echo(json.dumps(_measured_json(measured), indent=1))
+    else:
+        from fusepress.pipeline.text import measured_lines
+
+        _print_lines(measured_lines(measured))
+    verdicts = [*measured.verdicts]
+    if measured.record is not None and not budgets and measured.record.verdict is not None:
+        return exit_code(measured.record.verdict)
+    return exit_code(overall(verdicts)[0])
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def init(folder: Path) -> int:
+    """Write a task and a recipe to edit into FOLDER; they run as they are."""
+    from fusepress.pipeline.scaffold import write_scaffold
+
+    for path in write_scaffold(folder):
+        click.echo(f"wrote {path}")
+    click.echo(f"next: fusepress compress {folder / 'recipe.yaml'}")
+    return 0
+
+
+@cli.group()
+def targets() -> None:
+    """Device profiles: list, show, copy to edit, predict a latency."""
+
+
+@targets.command("ls")
+@_json_option
+def targets_ls(as_json: bool) -> int:
+    """List the device profiles."""
+    from fusepress.pipeline.text import print_profiles
+    from fusepress.targets.profile import list_profiles, load_profile
+
+    profiles = [load_profile(name) for name in list_profiles()]
+    if as_json:
+        rows = [{"name": p.name, "family": p.family, "runtime": p.runtime, "arch": p.arch} for p in profiles]
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        print_profiles(profiles)
+    return 0
+
+
+@targets.command("show")
+@click.argument("name")
+@_json_option
+def targets_show(name: str, as_json: bool) -> int:
+    """Show the profile NAME: every figure, its source, and which are unconfirmed."""
+    from fusepress.targets.profile import load_profile, profile_path
+
+    profile = load_profile(name)
+    if as_json:
+        click.echo(profile.model_dump_json(by_alias=True, indent=1, exclude_none=True))
+        return 0
+    path = Path(name) if name.endswith((".yaml", ".yml")) else profile_path(name)
+    click.echo(path.read_text(), nl=False)
+    unconfirmed = ", ".join(profile.unconfirmed) or "none"
+    click.echo(f"# unconfirmed figures: {unconfirmed}")
+    return 0
+
+
+@targets.command("cp")
+@click.argument("name")
+@click.argument("destination", type=click.Path(path_type=Path))
+def targets_cp(name: str, destination: Path) -> int:
+    """Copy the profile NAME to DESTINATION, to edit; name the file as `target` in a recipe beside it."""
+    from fusepress.pipeline.errors import UsageError
+    from fusepress.pipeline.store import atomic_write_text
+    from fusepress.targets.profile import profile_path
+
+    source = profile_path(name)
+    path = destination / source.name if destination.is_dir() else destination
+    if path.exists():
+        raise UsageError(f"expected a new file; got {path}, which exists; name another")
+    atomic_write_text(path, source.read_text())
+    click.echo(f"wrote {path}")
+    return 0
+
+
+@targets.command("predict")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="Device profile.")
+@click.option("--precision", default="fp16", show_default=True, type=click.Choice(["fp32", "fp16", "int8", "fp8"]))
+@click.option("--mode", help="Power mode [the profile's default].")
+@_json_option
+def targets_predict(model: Path, target: str, precision: Any, mode: str | None, as_json: bool) -> int:
+    """Predict the latency of the ONNX file MODEL on a device, with an interval."""
+    from fusepress.pipeline.text import prediction_json, prediction_lines
+    from fusepress.targets.legality import check_legality
+    from fusepress.targets.predict import predict_latency
+    from fusepress.targets.profile import load_profile
+
+    profile = load_profile(target)
+    check_legality(profile, precision)
+    prediction = predict_latency(model, profile, precision, mode=mode)
+    if as_json:
+        click.echo(json.dumps(prediction_json(prediction), indent=1))
+    else:
+        _print_lines(prediction_lines(prediction))
+    return 0
+
+
+def _measured_json(measured: Measured) -> dict[str, Any]:
+    rows = {m.name.removeprefix("latency."): m.model_dump(exclude_none=True) for m in measured.measurements}
+    verdicts = [v.model_dump(exclude_none=True) for v in measured.verdicts]
+    return {"measurements": rows, "verdicts": verdicts, "environment": measured.environment}
+
+
+def _tell(outcome: Outcome, as_json: bool) -> int:
+    from fusepress.pipeline.gates import exit_code
+
+    assert outcome.record.verdict is not None
+    if as_json:
+        click.echo(outcome.record.to_json(), nl=False)
+    else:
+        from fusepress.pipeline.text import outcome_lines, print_verdicts
+
+        print_verdicts(_verdicts(outcome))
+        _print_lines(outcome_lines(outcome))
+    return exit_code(outcome.record.verdict)
+
+
+def _verdicts(outcome: Outcome) -> list[Verdict]:
+    verify = outcome.record.stage("verify")
+    return verify.verdicts if verify is not None else []
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        click.echo(line)

@@ -1,0 +1,157 @@
+"""The dry run: what a recipe would do, before anything is spent."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.errors import RecipeError
+from fusepress.pipeline.stages import STAGES
+from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.store import Store, content_key
+
+
+def plan_run(ctx: Context, folder: Path) -> dict[str, Any]:
+    """What `compress` would do: stages and their cache state, modalities, budget and cost.
+
+    Raises:
+        UsageError: the task or checkpoint is broken.
+    """
+    from fusepress.pipeline.api import preflight
+
+    store = Store(folder.parent / ".store")
+    preflight(ctx, store)
+    result: dict[str, Any] = {
+        "run": str(folder),
+        "target": ctx.profile.name,
+        "power_mode": ctx.power_mode,
+        "precision": ctx.precision,
+        "stages": _stages(ctx, store),
+    }
+    if not ctx.from_onnx:
+        result |= _model_facts(ctx)
+    return result
+
+
+def _stages(ctx: Context, store: Store) -> list[dict[str, Any]]:
+    """Follow the chain of keys as far as stored results reach."""
+    rows: list[dict[str, Any]] = []
+    known = True
+    for stage in STAGES:
+        reason = stage.skip(ctx)
+        if reason is not None:
+            rows.append({"name": stage.name, "state": "skipped", "why": reason})
+            continue
+        entry = store.get(content_key(stage.key_parts(ctx))) if known else None
+        if entry is None:
+            known = False
+            rows.append({"name": stage.name, "state": "would run"})
+            continue
+        rows.append({"name": stage.name, "state": "cached"})
+        for name, relative in entry.payload["artifacts"].items():
+            ctx.add_artifact(name, entry.path / relative, entry.files.get(relative))
+    return rows
+
+
+def _model_facts(ctx: Context) -> dict[str, Any]:
+    from fusepress.pipeline.graph.apply import load_checkpoint
+    from fusepress.pipeline.graph.cost import CostModel
+    from fusepress.pipeline.graph.groups import find_groups
+    from fusepress.pipeline.stages import common
+
+    model = ctx.task.build_model()
+    if ctx.checkpoint is not None:
+        load_checkpoint(model, ctx.checkpoint)
+    model.eval()
+    inputs = common.example_inputs(ctx)
+    keep = [*ctx.task.keep, *(ctx.recipe.prune.keep if ctx.recipe.prune else ())]
+    graph = find_groups(model, inputs, ctx.task.branches, keep)
+    cost = CostModel(graph, model, inputs)
+    smallest = {group.id: group.multiple for group in graph.groups}
+    least = cost.branch_totals(smallest)
+    dense = cost.branch_totals()
+    facts: dict[str, Any] = {
+        "modalities": {
+            branch: {
+                "macs": total["macs"],
+                "params": total["params"],
+                "groups": sum(group.branch == branch for group in graph.groups),
+                "prunable_macs": (total["macs"] - least[branch]["macs"]) / max(1.0, total["macs"]),
+                "prunable_params": (total["params"] - least[branch]["params"]) / max(1.0, total["params"]),
+            }
+            for branch, total in dense.items()
+        },
+        "frozen": [{"module": frozen.module, "reason": frozen.reason} for frozen in graph.frozen],
+        "graph_notes": list(graph.notes),
+    }
+    if ctx.recipe.prune is not None:
+        facts["budget"] = _budget(ctx, graph, cost, model)
+    if ctx.recipe.finetune is not None:
+        facts["finetune_seconds"] = _step_seconds(ctx, model) * ctx.recipe.finetune.steps
+    return facts
+
+
+def _budget(ctx: Context, graph: Any, cost: Any, model: Any) -> dict[str, Any]:
+    """Whether the budget can be reached at all: allocated with magnitude scores, which cost nothing."""
+    from fusepress.pipeline.graph.apply import apply_plan
+    from fusepress.pipeline.pruning.allocate import allocate
+    from fusepress.pipeline.recipe import ScoreConfig
+    from fusepress.pipeline.scoring.criteria import score_channels
+    from fusepress.pipeline.stages import common
+
+    assert ctx.recipe.prune is not None
+    align = ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
+    scores = score_channels(
+        model, ctx.task, graph, ScoreConfig(method="magnitude"), seed=0, progress=lambda _fraction, _note: None
+    )
+    try:
+        allocation = allocate(scores.channel, graph, cost, ctx.recipe.prune, align=align)
+    except RecipeError as error:
+        return {"reachable": False, "why": str(error)}
+    facts: dict[str, Any] = {
+        "reachable": True,
+        "unit": "macs" if ctx.recipe.prune.macs is not None else "params",
+        "fraction": allocation.budget,
+        "achieved": allocation.achieved,
+        "align": align,
+    }
+    if not ctx.on_host:
+        facts["latency_dense_ms"] = _predicted(ctx, model)
+        apply_plan(model, graph.plan(allocation.kept))
+        facts["latency_pruned_ms"] = _predicted(ctx, model)
+        facts["latency_note"] = "predicted, with magnitude scores in place of the recipe's"
+    _ = common
+    return facts
+
+
+def _predicted(ctx: Context, model: Any) -> dict[str, Any]:
+    from fusepress.pipeline.graph.probe import probe_onnx
+    from fusepress.pipeline.stages import common
+    from fusepress.targets.predict import predict_latency
+
+    onnx = probe_onnx(model, common.example_inputs(ctx), common.output_names(ctx, model))
+    prediction = predict_latency(onnx, ctx.profile, ctx.precision, mode=ctx.power_mode)
+    return {
+        "value": prediction.latency_ms,
+        "low": prediction.low_ms,
+        "high": prediction.high_ms,
+        "extrapolating": prediction.extrapolating,
+    }
+
+
+def _step_seconds(ctx: Context, model: Any) -> float:
+    """Seconds of one training step of the model as it is now, measured once after one warm-up."""
+    import torch
+
+    batches = ctx.task.train_batches(ctx.recipe.seed)
+    model.train()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        batch = next(batches)
+        losses = ctx.task.losses(ctx.task.as_dict(model(**batch.inputs)), batch)
+        torch.stack(list(losses.values())).sum().backward()
+        seconds = time.monotonic() - started
+    model.zero_grad(set_to_none=True)
+    return seconds

@@ -1,0 +1,239 @@
+"""Runs the stages of a recipe in order: reuse by key, atomic commits, resume, and run.json after every step."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.errors import FusepressError, StageError, UsageError
+from fusepress.pipeline.evidence import RUN_JSON, Artifact, Measurement, RunRecord, StageRecord
+from fusepress.pipeline.stages.base import Context, Stage, StageOutput
+from fusepress.pipeline.store import (
+    Entry,
+    Store,
+    atomic_write_text,
+    content_key,
+    disk_error,
+    folder_lock,
+    place,
+    sha256_tree,
+)
+
+STORE = ".store"
+PUBLIC_ARTIFACTS = {
+    "onnx": "onnx",
+    "engine": "engine",
+    "build_kit": "build_kit",
+    "weights": "checkpoint",
+    "plan": "plan",
+    "masks": "masks",
+    "dense_onnx": "dense_onnx",
+    "replicates": "replicates",
+}
+
+
+class Interrupted(FusepressError):
+    """The user stopped the run; the same command resumes it."""
+
+    exit_code = 130
+
+
+def run_stages(
+    ctx: Context, stages: Sequence[Stage], record: RunRecord, folder: Path, *, from_stage: str | None = None
+) -> bool:
+    """Run or reuse every stage; `record` and run.json follow each step.
+
+    Args:
+        ctx: the checked inputs.
+        stages: in order.
+        record: filled in place.
+        folder: the run folder, `runs/NAME`.
+        from_stage: this stage and all later ones are made anew even where a result is stored.
+
+    Returns:
+        Whether any stage did work (false: everything was there).
+
+    Raises:
+        FusepressError: a stage failed; the record says which and why.
+    """
+    names = [stage.name for stage in stages]
+    if from_stage is not None and from_stage not in names:
+        raise UsageError(f"expected --from to name a stage; got {from_stage!r}; the stages are {', '.join(names)}")
+    forced = set(names[names.index(from_stage) :]) if from_stage is not None else set()
+    store = Store(folder.parent / STORE)
+    with folder_lock(folder), _log_to(folder / "log.txt"), _terminate_as_interrupt():
+        store.forget_asides()
+        record.stages = [StageRecord(name=name) for name in names]
+        worked = False
+        for position, stage in enumerate(stages):
+            label = f"[{position + 1}/{len(stages)}]"
+            worked |= _one_stage(ctx, stage, record, folder, store, label, force=stage.name in forced)
+        _remove_stale(folder, record)
+        save_record(record, folder)
+        return worked
+
+
+def save_record(record: RunRecord, folder: Path) -> None:
+    """Write run.json atomically."""
+    atomic_write_text(folder / RUN_JSON, record.to_json())
+
+
+def _one_stage(
+    ctx: Context, stage: Stage, record: RunRecord, folder: Path, store: Store, label: str, *, force: bool
+) -> bool:
+    entry_of = record.stage(stage.name)
+    assert entry_of is not None
+    reason = stage.skip(ctx)
+    if reason is not None:
+        entry_of.status, entry_of.why = "skipped", reason
+        return False
+    with _recorded(entry_of, record, folder):
+        key = content_key(stage.key_parts(ctx))
+        entry_of.key = key
+        with store.locked(key):
+            entry = None if force else store.get(key, ctx.reporter.warn)
+            cached = entry is not None
+            if entry is None:
+                entry_of.status = "running"
+                save_record(record, folder)
+                entry = _make(ctx, stage, store, key, label)
+            place(entry, folder / stage.name)
+        _adopt(ctx, record, entry_of, entry, folder / stage.name)
+        entry_of.status = "cached" if cached else "done"
+        entry_of.seconds = entry.payload["seconds"]
+        save_record(record, folder)
+    ctx.reporter.line(f"{label} {stage.name:<9} {entry_of.status:<7} {_headline(entry_of)}")
+    return not cached
+
+
+def _make(ctx: Context, stage: Stage, store: Store, key: str, label: str) -> Entry:
+    work = store.work_folder(key)
+    aside = store.root / f"aside-{uuid.uuid4().hex[:12]}"
+    ctx.reporter.begin(stage.name, label)
+    try:
+        aside.mkdir(parents=True)
+        started = time.monotonic()
+        output = stage.run(ctx, aside, work)
+        seconds = round(time.monotonic() - started, 2)
+        entry = store.commit(key, aside, _payload(output) | {"seconds": seconds})
+    except OSError as error:
+        raise disk_error(error, aside) from error
+    finally:
+        ctx.reporter.end()
+        shutil.rmtree(aside, ignore_errors=True)
+    store.discard_work(key)
+    return entry
+
+
+def _payload(output: StageOutput) -> dict[str, Any]:
+    measurements = [m.model_dump(exclude_none=True) for m in output.measurements]
+    return {"measurements": measurements, "details": output.details, "artifacts": output.artifacts}
+
+
+def _adopt(ctx: Context, record: RunRecord, stage: StageRecord, entry: Entry, folder: Path) -> None:
+    payload = entry.payload
+    stage.measurements = [Measurement.model_validate(m) for m in payload["measurements"]]
+    stage.details = payload["details"]
+    for name, relative in payload["artifacts"].items():
+        path = folder / relative
+        ctx.add_artifact(name, path, entry.files.get(relative) or sha256_tree(path))
+        if name in PUBLIC_ARTIFACTS:
+            record.artifacts[PUBLIC_ARTIFACTS[name]] = Artifact(
+                path=path.relative_to(folder.parent).as_posix(), sha256=ctx.shas[name]
+            )
+
+
+@contextmanager
+def _recorded(stage: StageRecord, record: RunRecord, folder: Path) -> Iterator[None]:
+    """A failure is written into run.json before it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        stage.status, stage.why = "interrupted", "stopped by the user; the same command resumes"
+        save_record(record, folder)
+        raise Interrupted(f"interrupted in stage {stage.name}; run the same command again to resume") from error
+    except FusepressError as error:
+        stage.status, stage.why = "failed", str(error)
+        _try_save(record, folder)
+        raise
+    except Exception as error:
+        stage.status, stage.why = "failed", f"{type(error).__name__}: {error}"
+        _try_save(record, folder)
+        logging.getLogger(__name__).exception("stage %s failed", stage.name)
+        raise StageError(
+            f"expected stage {stage.name} to finish; got {type(error).__name__}: {error}; the traceback is in "
+            f"{folder.name}/log.txt (or use --debug)"
+        ) from error
+
+
+def _try_save(record: RunRecord, folder: Path) -> None:
+    try:
+        save_record(record, folder)
+    except FusepressError as error:  # a full disk must not hide the first failure
+        logging.getLogger(__name__).warning("run.json could not be written: %s", error)
+
+
+def _headline(stage: StageRecord) -> str:
+    """The figures of a stage in one line."""
+    parts = []
+    shown = 0
+    for measurement in stage.measurements:
+        name = measurement.name
+        if name.startswith("accuracy.") and shown == 0:
+            parts.append(f"{name.removeprefix('accuracy.')} {measurement.value:.4f} ({measurement.kind})")
+            shown = 1
+        elif name == "latency.mean_ms":
+            parts.append(f"latency {measurement.value:.3g} ms ({measurement.kind})")
+        elif name == "macs":
+            parts.append(f"{measurement.value / 1e6:.1f} MMACs")
+    if stage.status == "done":
+        parts.append(f"{stage.seconds:.1f} s")
+    return ", ".join(parts)
+
+
+def _remove_stale(folder: Path, record: RunRecord) -> None:
+    """Stage folders of an earlier recipe in the same run folder would mislead: they go."""
+    skipped = {stage.name for stage in record.stages if stage.status == "skipped"}
+    for name in skipped:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Warnings and log records of libraries go into the run's log, not on the screen."""
+    handler = logging.FileHandler(path, mode="a", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a CI system's stop) is told like Ctrl-C; only the main thread can set a handler."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the caller's own handling stays
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,81 @@
+"""build: an engine where one can be built, a build kit where only the device can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.stages import common
+from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.store import KeyParts
+
+REFERENCE_SAMPLES = 2
+BUILD_TIMEOUT_S = 1200
+
+
+class Build:
+    """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
+
+    name = "build"
+    version = 1
+
+    def skip(self, ctx: Context) -> str | None:
+        """ONNX Runtime runs the ONNX file as it is."""
+        return "ONNX Runtime runs the ONNX file itself" if ctx.profile.runtime == "onnxruntime" else None
+
+    def key_parts(self, ctx: Context) -> KeyParts:
+        """The released ONNX, the target and the builder."""
+        return key_parts(
+            ctx,
+            self,
+            config={"target": ctx.target_identity(), "precision": ctx.precision},
+            inputs=("onnx", "masks"),
+            splits=("calib",),
+            tools=("tensorrt_rtx", "tensorrt", "onnx", "onnxruntime-gpu"),
+        )
+
+    def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
+        """Write model.engine or kit/."""
+        if ctx.profile.runtime == "tensorrt_rtx":
+            return self._engine(ctx, out)
+        return self._kit(ctx, out)
+
+    def _engine(self, ctx: Context, out: Path) -> StageOutput:
+        from fusepress.export.engine import build_rtx_engine
+
+        ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
+        info = build_rtx_engine(
+            ctx.artifacts["onnx"],
+            out / "model.engine",
+            compute_capabilities=[ctx.profile.compute_capability],
+            timeout_s=BUILD_TIMEOUT_S,
+        )
+        details: dict[str, Any] = {"engine": info.to_dict(), "executed": info.executed}
+        details["note"] = (
+            "built ahead of time by TensorRT-RTX and not executed: there is no GPU here"
+            if not info.executed
+            else "built and executed"
+        )
+        return StageOutput(details=details, artifacts={"engine": "model.engine"})
+
+    def _kit(self, ctx: Context, out: Path) -> StageOutput:
+        from fusepress.export.bundle import write_build_kit
+        from fusepress.export.runtime import OnnxSession
+
+        session = OnnxSession(ctx.artifacts["onnx"]) if ctx.precision != "fp8" else None
+        references = []
+        for batch in common.calib_batches(ctx, REFERENCE_SAMPLES):
+            inputs = {name: value[:1] for name, value in batch.inputs.items()}
+            references.append((inputs, session(inputs) if session is not None else {}))
+        kit = write_build_kit(
+            out / "kit",
+            ctx.artifacts["onnx"],
+            ctx.profile,
+            power_mode=ctx.power_mode,
+            precision=ctx.precision,
+            references=references,
+            sparse="masks" in ctx.artifacts,
+        )
+        details = {"kit": kit.to_dict(), "executed": False}
+        details["note"] = f"a build kit for {ctx.profile.name}: no engine was built; the device builds it with build.sh"
+        return StageOutput(details=details, artifacts={"build_kit": "kit"})

@@ -1,0 +1,97 @@
+"""export: the torch model as ONNX, proven to be the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.errors import ExportError
+from fusepress.pipeline.evaluate import torch_predict
+from fusepress.pipeline.stages import common
+from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.store import KeyParts, sha256_file
+
+PARITY_RELATIVE = 1e-4
+METRIC_TOLERANCE = 1e-3
+PARITY_BATCHES = 2
+
+
+class Export:
+    """Exports, slims and checks parity on real batches and on the task's metric."""
+
+    name = "export"
+    version = 1
+
+    def skip(self, ctx: Context) -> str | None:
+        """Needless where the recipe starts from ONNX."""
+        return "the checkpoint is an ONNX file" if ctx.from_onnx else None
+
+    def key_parts(self, ctx: Context) -> KeyParts:
+        """The weights, the plan, the opset and the target."""
+        return key_parts(
+            ctx,
+            self,
+            config={"opset": ctx.profile.opset, "target": ctx.target_identity()},
+            inputs=("dense_weights", "weights", "plan"),
+            splits=("calib", "eval"),
+            tools=("torch", "onnx", "onnxscript", "onnxslim", "onnxruntime-gpu"),
+        )
+
+    def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
+        """Write model.onnx."""
+        from fusepress.export.onnx import export_onnx
+        from fusepress.export.parity import check_parity, require_parity
+        from fusepress.export.passes import slim
+        from fusepress.export.runtime import OnnxSession
+
+        model = common.current_model(ctx)
+        inputs = common.example_inputs(ctx)
+        export_onnx(model, inputs, common.output_names(ctx, model), work / "raw.onnx", opset=ctx.profile.opset)
+        slim(work / "raw.onnx", out / "model.onnx")
+        session = OnnxSession(out / "model.onnx")
+        batches = common.calib_batches(ctx, PARITY_BATCHES)
+        parity = check_parity(torch_predict(ctx.task, model), lambda feeds: session(feeds), batches)
+        require_parity(parity, PARITY_RELATIVE)
+        ctx.reporter.update(0.3, "evaluating the ONNX model")
+        sha = sha256_file(out / "model.onnx")
+        evaluation = common.evaluate_with_progress(ctx, lambda feeds: session(feeds), 0.3, 0.9)
+        in_torch = common.evaluate(ctx.task, torch_predict(ctx.task, model), "eval").metrics
+        self._require_equal_metrics(evaluation.metrics, in_torch)
+        measurements = common.accuracy_measurements(
+            ctx, evaluation, runtime="onnxruntime-cpu", precision="fp32", artifact_sha256=sha
+        )
+        measurements += parity.measurements()
+        measurements += common.latency_measurements(ctx, out / "model.onnx", common.stage_precision(ctx))
+        details: dict[str, Any] = {
+            "opset": ctx.profile.opset,
+            "parity": parity.to_dict(),
+            "parity_tolerance": PARITY_RELATIVE,
+            "metric_tolerance": METRIC_TOLERANCE,
+            "metrics_torch": in_torch,
+        }
+        if "masks" in ctx.artifacts:
+            details["sparsity"] = confirmed_sparsity(out / "model.onnx")
+        return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
+
+    @staticmethod
+    def _require_equal_metrics(onnx: dict[str, float], torch: dict[str, float]) -> None:
+        for name, value in onnx.items():
+            if abs(value - torch[name]) > METRIC_TOLERANCE * max(1.0, abs(torch[name])):
+                raise ExportError(
+                    f"expected the metric {name} of the ONNX model within {METRIC_TOLERANCE} of torch; got {value:.5f} "
+                    f"against {torch[name]:.5f}; the exported graph is not faithful: do not release it"
+                )
+
+
+def confirmed_sparsity(path: Path) -> dict[str, Any]:
+    """2:4 in the file, by our checker and by polygraphy; the two must agree."""
+    from fusepress.export.sparsity import check_sparsity_2to4, polygraphy_sparse_layers
+
+    report = check_sparsity_2to4(path)
+    second = polygraphy_sparse_layers(path)
+    if report.valid_weights != second:
+        raise ExportError(
+            f"expected our 2:4 checker and polygraphy to agree; got {len(report.valid_weights)} layers against "
+            f"{len(second)} at {path.name}; the masks did not survive the export"
+        )
+    return report.to_dict() | {"polygraphy_layers": len(second)}

@@ -1,0 +1,211 @@
+"""verify: the released ONNX against the dense model, on accuracy, latency and failed sensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.corrupt import corrupt
+from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
+from fusepress.pipeline.evidence import Kind, Measurement
+from fusepress.pipeline.gates import Condition, Replicates, compare, save_replicates
+from fusepress.pipeline.stages import common
+from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.store import KeyParts, sha256_file
+
+HOST_MEASURE_SECONDS = 10.0
+PICTURE_SAMPLES = 2
+CLEAN = ("", 0)
+
+Pairs = dict[tuple[str, int], tuple[Evaluation, Evaluation]]
+
+
+class Verify:
+    """Collects the numbers that gates judge; it judges nothing itself."""
+
+    name = "verify"
+    version = 1
+
+    def skip(self, ctx: Context) -> str | None:
+        """Never: without it no gate has a number."""
+        return None
+
+    def key_parts(self, ctx: Context) -> KeyParts:
+        """The released ONNX, the dense model, which failures are tried, and the evaluation data."""
+        failures = {name: gate.severity for name, gate in sorted(ctx.recipe.gates.robustness.items())}
+        return key_parts(
+            ctx,
+            self,
+            config={
+                "replicates": ctx.recipe.verify.replicates,
+                "failures": failures,
+                "precision": ctx.precision,
+                "seed": ctx.recipe.seed,
+                "target": ctx.target_identity(),
+            },
+            inputs=("onnx", "dense_stats", "dense_weights", "dense_onnx"),
+            splits=("calib", "eval"),
+            tools=("torch", "onnxruntime-gpu", "numpy", "scipy"),
+        )
+
+    def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
+        """Write replicates.npz and pictures."""
+        from fusepress.export.runtime import OnnxSession
+
+        final = ctx.artifacts["onnx"]
+        sha = sha256_file(final)
+        session = OnnxSession(final)
+
+        def compressed(inputs: Any) -> Any:
+            return session(inputs)
+
+        dense = self._dense_predict(ctx)
+        clean = common.evaluate_with_progress(ctx, compressed, 0.0, 0.3)
+        dense_clean = common.load_stats(ctx.artifacts["dense_stats"], ctx.task.score)
+        pairs: Pairs = {CLEAN: (dense_clean, clean)}
+        pairs |= self._failures(ctx, dense, compressed)
+        kind: Kind = "measured" if ctx.on_host else "simulated"
+        measurements = common.accuracy_measurements(
+            ctx, clean, runtime="onnxruntime-cpu", precision=ctx.precision, kind=kind, artifact_sha256=sha
+        )
+        measurements += self._robustness(ctx, pairs, kind, sha)
+        measurements += self._latency(ctx, final, sha)
+        ctx.reporter.update(0.85, "bootstrap")
+        constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
+        save_replicates(out / "replicates.npz", self._replicates(ctx, pairs, constant, sha))
+        details: dict[str, Any] = {
+            "pictures": self._pictures(ctx, dense, compressed, out),
+            "failures": [f"{failure}.{severity}" for failure, severity in pairs if failure],
+            "constant": constant,
+        }
+        return StageOutput(measurements=measurements, details=details, artifacts={"replicates": "replicates.npz"})
+
+    @staticmethod
+    def _dense_predict(ctx: Context) -> Predict:
+        if ctx.from_onnx:
+            from fusepress.export.runtime import OnnxSession
+
+            session = OnnxSession(ctx.artifacts["dense_onnx"])
+            return lambda inputs: session(inputs)
+        return torch_predict(ctx.task, common.dense_model(ctx))
+
+    @staticmethod
+    def _failures(ctx: Context, dense: Predict, compressed: Predict) -> Pairs:
+        """Dense and compressed under each failure that a gate names, on the same corrupted samples."""
+        pairs: Pairs = {}
+        gates = sorted(ctx.recipe.gates.robustness.items())
+        for index, (failure, gate) in enumerate(gates):
+            ctx.reporter.update(0.3 + 0.4 * index / len(gates), f"failure {failure}")
+
+            def broken(batch: Any, failure: str = failure, severity: int = gate.severity) -> Any:
+                return corrupt(ctx.task, batch, failure, severity)
+
+            pairs[failure, gate.severity] = (
+                evaluate(ctx.task, dense, "eval", corrupt=broken),
+                evaluate(ctx.task, compressed, "eval", corrupt=broken),
+            )
+        return pairs
+
+    @staticmethod
+    def _robustness(ctx: Context, pairs: Pairs, kind: Kind, sha: str) -> list[Measurement]:
+        rows: list[Measurement] = []
+        for (failure, severity), (dense, compressed) in pairs.items():
+            if not failure:
+                continue
+            name = f"robustness.{failure}.{severity}"
+            rows += common.accuracy_measurements(
+                ctx,
+                compressed,
+                runtime="onnxruntime-cpu",
+                precision=ctx.precision,
+                kind=kind,
+                artifact_sha256=sha,
+                prefix=name,
+            )
+            rows += common.accuracy_measurements(
+                ctx, dense, runtime="torch", precision="fp32", kind="simulated", prefix=f"{name}.dense"
+            )
+        return rows
+
+    @staticmethod
+    def _latency(ctx: Context, final: Path, sha: str) -> list[Measurement]:
+        """Predicted for a target that is not here; here, measured, and interleaved with the dense model."""
+        if not ctx.on_host:
+            return common.latency_measurements(ctx, final, ctx.precision, artifact_sha256=sha)
+        from fusepress.export.runtime import OnnxSession
+        from fusepress.targets.measure import measure_interleaved
+
+        inputs = common.example_inputs(ctx)
+        runs = {
+            "dense": OnnxSession(ctx.artifacts["dense_onnx"]).timed_callable(inputs),
+            "compressed": OnnxSession(final).timed_callable(inputs),
+        }
+        ctx.reporter.update(0.75, "measuring latency, dense and compressed in turns")
+        result = measure_interleaved(runs, max_seconds=HOST_MEASURE_SECONDS)
+        rows = common.latency_result(
+            result.runs["compressed"], device=ctx.profile.name, precision=ctx.precision, artifact_sha256=sha
+        )
+        rows += common.latency_result(
+            result.runs["dense"],
+            device=ctx.profile.name,
+            precision="fp32",
+            artifact_sha256=ctx.shas["dense_onnx"],
+            prefix="latency.dense",
+        )
+        speedup = result.speedup("dense", "compressed")
+        rows.append(
+            Measurement(
+                name="latency.speedup",
+                value=speedup.value,
+                low=speedup.low,
+                high=speedup.high,
+                unit="x",
+                n=result.runs["compressed"].n,
+                kind="measured",
+                device=ctx.profile.name,
+                runtime="onnxruntime-cpu",
+            )
+        )
+        return rows
+
+    @staticmethod
+    def _replicates(ctx: Context, pairs: Pairs, constant: dict[str, float], sha: str) -> Replicates:
+        def condition(dense: Evaluation, compressed: Evaluation) -> Condition:
+            return compare(
+                dense.stats,
+                compressed.stats,
+                ctx.task.score,
+                dense.groups,
+                replicates=ctx.recipe.verify.replicates,
+                seed=ctx.recipe.seed,
+            )
+
+        clean = pairs[CLEAN][0]
+        return Replicates(
+            clean=condition(*pairs[CLEAN]),
+            failures={where: condition(*pair) for where, pair in pairs.items() if where != CLEAN},
+            constant=constant,
+            samples=clean.n,
+            clusters=len(set(clean.groups)),
+            artifact_sha256=sha,
+        )
+
+    @staticmethod
+    def _pictures(ctx: Context, dense: Predict, compressed: Predict, out: Path) -> list[dict[str, str]]:
+        """What the task shows of its first eval samples, dense beside compressed."""
+        if not ctx.task.offers("pictures"):
+            return []
+        from PIL import Image
+
+        from fusepress.pipeline.task import cut_batch, first_batch
+
+        shown = []
+        batch = cut_batch(first_batch(ctx.task, "eval"), PICTURE_SAMPLES)
+        before = {name: value.float().cpu() for name, value in dense(batch.inputs).items()}
+        after = {name: value.float().cpu() for name, value in compressed(batch.inputs).items()}
+        images = ctx.task.user.pictures(batch, ctx.task.as_user(before), ctx.task.as_user(after))
+        for index, (title, image_HWC) in enumerate(images.items()):
+            name = f"picture_{index:02d}.png"
+            Image.fromarray(image_HWC).save(out / name)
+            shown.append({"path": f"verify/{name}", "title": title})
+        return shown

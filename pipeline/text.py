@@ -1,0 +1,163 @@
+"""Results as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusepress.pipeline.evidence import Measurement, Verdict
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.api import Measured, Outcome
+    from fusepress.targets.predict import Prediction
+    from fusepress.targets.profile import Profile
+
+STYLE = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "yellow"}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The table of gates on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
+    table.add_column("gate", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("limit", justify="right", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    table.add_column("why")
+    for v in verdicts:
+        interval = f"{_number(v.low)} to {_number(v.high)}" if v.low is not None or v.high is not None else "-"
+        style = STYLE[v.verdict]
+        table.add_row(v.gate, f"[{style}]{v.verdict}[/{style}]", _number(v.limit), _number(v.value), interval, v.why)
+    Console(highlight=False).print(table)
+
+
+def outcome_lines(outcome: Outcome) -> list[str]:
+    """The end of a run: verdict, what may be released, where to look."""
+    record = outcome.record
+    lines = [] if outcome.worked else ["nothing to do: every stage was already there"]
+    for name, artifact in record.artifacts.items():
+        if name in ("onnx", "engine", "build_kit"):
+            lines.append(f"{name:<9} {outcome.folder / artifact.path}  sha256 {artifact.sha256[:16]}")
+    lines.append(f"report    {outcome.folder / 'report.html'}")
+    if record.released == "dense_onnx":
+        precision = "fp32" if record.target_profile.get("family") == "host" else "fp16"
+        path = outcome.folder / record.artifacts["dense_onnx"].path
+        lines.append(f"releasable instead: the dense model in {precision}, {path}")
+    lines.append(f"verdict   {record.verdict}: {_first_sentence(record.why)}")
+    return lines
+
+
+def _first_sentence(why: str) -> str:
+    return why if len(why) <= 160 else why[:157] + "..."
+
+
+def measured_lines(measured: Measured) -> list[str]:
+    """Latency on this host, and the verdicts of the budgets."""
+    lines = [_measurement_line(m) for m in measured.measurements]
+    for verdict in measured.verdicts:
+        lines.append(f"{verdict.verdict:<13}{verdict.gate} limit {_number(verdict.limit)} ms: {verdict.why}")
+    if measured.record is not None:
+        lines.append(f"added to the run; its verdict is {measured.record.verdict}")
+    return lines
+
+
+def _measurement_line(m: Measurement) -> str:
+    high = "no upper bound" if m.high is None else f"{m.high:.4g}"
+    note = f"  ({m.note})" if m.note else ""
+    return (
+        f"{m.name.removeprefix('latency.'):<8}{m.value:9.4g} ms   95 % interval {_number(m.low)} to {high}   "
+        f"n {m.n}  {m.kind}{note}"
+    )
+
+
+def plan_lines(facts: dict[str, Any]) -> list[str]:
+    """A dry run as text."""
+    lines = [f"run       {facts['run']}", f"target    {facts['target']} ({facts['power_mode']}, {facts['precision']})"]
+    lines += [f"stage     {s['name']:<9} {s['state']}{': ' + s['why'] if 'why' in s else ''}" for s in facts["stages"]]
+    if "modalities" in facts:
+        lines.append(f"{'modality':<10}{'MMACs':>9}{'params':>10}{'groups':>8}{'prunable MACs':>15}{'params':>9}")
+        lines += [
+            f"{name:<10}{row['macs'] / 1e6:>9.1f}{int(row['params']):>10}{row['groups']:>8}"
+            f"{100 * row['prunable_macs']:>13.0f} %{100 * row['prunable_params']:>7.0f} %"
+            for name, row in facts["modalities"].items()
+        ]
+        lines += [f"frozen    {row['module']}: {row['reason']}" for row in facts["frozen"]]
+    lines += _budget_lines(facts.get("budget"))
+    if "finetune_seconds" in facts:
+        lines.append(f"finetune  about {facts['finetune_seconds'] / 60:.1f} min on this machine (dense speed)")
+    return lines
+
+
+def _budget_lines(budget: dict[str, Any] | None) -> list[str]:
+    if budget is None:
+        return []
+    if not budget["reachable"]:
+        return [f"budget    cannot be reached: {budget['why']}"]
+    lines = [
+        (
+            f"budget    {budget['unit']} {budget['fraction']:.3f} can be reached: {budget['achieved']:.4f} "
+            f"with channels in multiples of {budget['align']}"
+        )
+    ]
+    for key in ("latency_dense_ms", "latency_pruned_ms"):
+        if key in budget:
+            p = budget[key]
+            flag = ", extrapolating" if p["extrapolating"] else ""
+            name = key.removeprefix("latency_").removesuffix("_ms")
+            lines.append(f"latency   {name} {p['value']:.3g} ms ({p['low']:.3g} to {p['high']:.3g}, predicted{flag})")
+    return lines
+
+
+def print_profiles(profiles: Sequence[Profile]) -> None:
+    """The table of device profiles."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("target", "family", "runtime", "precisions", "2:4", "power modes"):
+        table.add_column(column, no_wrap=column != "power modes")
+    for p in profiles:
+        modes = ", ".join(f"{name}*" if name == p.default_mode else name for name in p.power_modes)
+        table.add_row(p.name, p.family, p.runtime, " ".join(p.precisions), "yes" if p.sparsity_2to4 else "no", modes)
+    Console(highlight=False).print(table)
+
+
+def prediction_json(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as outside tools read it."""
+    return {
+        "latency_ms": prediction.latency_ms,
+        "low_ms": prediction.low_ms,
+        "high_ms": prediction.high_ms,
+        "extrapolating": prediction.extrapolating,
+        "target": prediction.device,
+        "power_mode": prediction.power_mode,
+        "precision": prediction.precision,
+        "kind": "predicted",
+        "layers": [
+            {"name": layer.name, "op": layer.op, "ms": layer.ms, "bound": layer.bound} for layer in prediction.layers
+        ],
+    }
+
+
+def prediction_lines(prediction: Prediction) -> list[str]:
+    """A prediction as text, the ten costliest layers below it."""
+    flag = ", extrapolating: outside what the predictor was validated on" if prediction.extrapolating else ""
+    lines = [
+        (
+            f"{prediction.latency_ms:.4g} ms predicted (95 % interval {prediction.low_ms:.4g} to "
+            f"{prediction.high_ms:.4g}{flag})"
+        ),
+        f"{prediction.device}, {prediction.power_mode}, {prediction.precision}, batch 1",
+    ]
+    costly = sorted(prediction.layers, key=lambda layer: -layer.ms)[:10]
+    lines += [f"  {layer.ms:9.5f} ms  {layer.bound:<8} {layer.op:<18} {layer.name}" for layer in costly]
+    return lines
