@@ -1,0 +1,544 @@
+"""What the HTML, JUnit and Markdown reports show, worked out once from a `RunRecord`.
+
+Besides measurements and verdicts the record's free-form fields are read where present:
+
+* `record.task["metrics"]`: metric -> "max" or "min", the first is the primary metric;
+* `record.target_profile["power_mode"]`, `["precision"]`: what the run was made for;
+* `details["groups"]` of `prune`: [{"id", "branch", "width", "kept"}], kept a count or a list of channels;
+* `details["branches"]` of `prune`: {branch: {"macs_before", "macs_after", "params_before", "params_after"}};
+* `details["pictures"]` of any stage: [{"path", "title"}], relative to the run folder or to the stage's folder in it;
+* `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
+* other plain values in `details` are listed with their stage.
+
+Under a failure, `robustness.<failure>.<severity>.<metric>` is the compressed model's and
+`robustness.<failure>.<severity>.dense.<metric>` the dense one's. Where the two were timed in turns, the last stage
+holds `latency.dense.mean_ms` and `latency.speedup`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fusepress.pipeline.evidence import Kind, Measurement, RunRecord, StageRecord, Verdict
+from fusepress.pipeline.gates import NO_GATE
+
+Tone = Literal["pass", "fail", "inconclusive", "anomalous", "pending"]
+
+MINUS = "\u2212"
+DASH = "\u2013"
+TIMES = "\u00d7"
+BASELINE = "baseline"
+LATENCY = "latency.mean_ms"
+DENSE_LATENCY = "latency.dense.mean_ms"
+SPEEDUP = "latency.speedup"
+TONES: dict[str, Tone] = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "inconclusive", "ANOMALOUS": "anomalous"}
+STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fail", "interrupted": "inconclusive"}
+MODEL_STAGES = ("macs", "params", "size.onnx_mib")
+SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "calibration", "sparsity")
+MOST_ITEMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """The verdict of the run, first thing on the page."""
+
+    tone: Tone
+    word: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number ready to print, with its evidence."""
+
+    text: str
+    spread: str = ""
+    kind: Kind | None = None
+    extrapolating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A headline number: the released model's against the dense one's."""
+
+    label: str
+    after: Figure
+    before: Figure | None
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class GateRow:
+    """A gate and what it said."""
+
+    verdict: Verdict
+    title: str
+    tone: Tone
+    relation: str
+    limit: str
+    value: str
+    spread: str
+    kind: Kind | None
+    at_most: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """A stage and the model it made."""
+
+    name: str
+    status: str
+    tone: Tone
+    seconds: str
+    why: str
+    figures: dict[str, Figure | None]
+    facts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class BranchRow:
+    """What was removed from one modality."""
+
+    name: str
+    macs_before: float
+    macs_after: float
+    params_before: float
+    params_after: float
+    channels_before: int
+    channels_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """Width of one coupled group before and after."""
+
+    id: str
+    label: str
+    branch: str
+    width: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRow:
+    """Both models under one sensor failure."""
+
+    failure: str
+    severity: int
+    dense: Figure | None
+    compressed: Figure | None
+    dense_drop: str
+    compressed_drop: str
+    extra: str
+    verdict: Verdict | None
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number to so many significant digits, without an exponent where that is readable; a true minus sign."""
+    if not math.isfinite(value):
+        return DASH
+    if value == 0:
+        return "0"
+    text = f"{value:.{digits}g}"
+    if "e" in text and 1e-4 <= abs(value) < 1e7:
+        text = f"{value:,.0f}"
+    return text.replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """A count with an SI prefix: 1.24 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{number(value / factor, 3)} {prefix}"
+    return number(value, 4)
+
+
+def percent(value: float, *, signed: bool = False) -> str:
+    """A fraction as a percentage without decimals, with one below 10 %."""
+    shown = value * 100
+    text = f"{shown:+.0f}" if signed else f"{shown:.1f}" if 0 < abs(shown) < 9.95 else f"{shown:.0f}"
+    return text.replace("-", MINUS) + " %"
+
+
+def quantity(name: str, value: float) -> str:
+    """A measurement's value as its kind of number is read: decimals for metrics, ms, MiB, SI counts."""
+    if name.startswith("latency."):
+        return f"{number(value, 3)} ms"
+    if name in ("macs", "params"):
+        return count(value)
+    if name.startswith("size.") and name.endswith("_mib"):
+        return f"{number(value, 3)} MiB"
+    if name.startswith(("accuracy.", "robustness.", "floors.")) and abs(value) < 10:
+        return f"{value:.4f}".replace("-", MINUS)
+    return number(value)
+
+
+def figure(measurement: Measurement | None) -> Figure | None:
+    """A measurement ready to print."""
+    if measurement is None:
+        return None
+    name = measurement.name
+    spread = ""
+    if measurement.low is not None and measurement.high is not None:
+        low, high = (quantity(name, end) for end in (measurement.low, measurement.high))
+        spread = f"{low.removesuffix(' ms')} to {high}"
+    text = quantity(name, measurement.value)
+    return Figure(text, spread, measurement.kind, measurement.extrapolating)
+
+
+def plain(value: Any) -> str:
+    """Any JSON value as short text."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", MINUS)
+    if isinstance(value, Mapping):
+        return _some([f"{key} {plain(item)}" for key, item in value.items()])
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _some([plain(item) for item in value])
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _some(items: list[str]) -> str:
+    rest = len(items) - MOST_ITEMS
+    return ", ".join(items[:MOST_ITEMS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def metrics_of(record: RunRecord) -> dict[str, str]:
+    """Metrics and their "max" or "min"; from the measurements where the record does not say."""
+    told = record.task.get("metrics")
+    if isinstance(told, Mapping) and told:
+        return {str(name): str(direction) for name, direction in told.items()}
+    names = [m.name.removeprefix("accuracy.") for s in record.stages for m in s.measurements if _is_accuracy(m)]
+    return dict.fromkeys(names, "max")
+
+
+def primary_of(record: RunRecord) -> str:
+    """The primary metric, or an empty text."""
+    return next(iter(metrics_of(record)), "")
+
+
+def verdicts_of(record: RunRecord) -> list[Verdict]:
+    """All verdicts, in order."""
+    return [verdict for stage in record.stages for verdict in stage.verdicts]
+
+
+def at_target(record: RunRecord, measurement: Measurement) -> bool:
+    """Whether a latency is of the run's target (or does not say)."""
+    return measurement.device in (None, record.target)
+
+
+def of_stage(record: RunRecord, stage: StageRecord, name: str) -> Measurement | None:
+    """The last measurement of that name in a stage; a latency only of the target, measured before predicted."""
+    found = [m for m in stage.measurements if m.name == name]
+    if name.startswith("latency."):
+        found = [m for m in found if at_target(record, m)]
+        measured = [m for m in found if m.kind == "measured"]
+        found = measured or found
+    return found[-1] if found else None
+
+
+def steps(record: RunRecord, name: str) -> list[tuple[str, Measurement]]:
+    """A measurement after each stage that reports it."""
+    return [(s.name, m) for s in record.stages if (m := of_stage(record, s, name)) is not None]
+
+
+def _is_accuracy(measurement: Measurement) -> bool:
+    return measurement.name.startswith("accuracy.")
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def banner(record: RunRecord) -> Banner:
+    """The verdict, or how far the run got."""
+    stopped = next((s for s in record.stages if s.status in ("failed", "interrupted")), None)
+    if stopped is not None:
+        word = "STAGE FAILED" if stopped.status == "failed" else "INTERRUPTED"
+        tone: Tone = "fail" if stopped.status == "failed" else "inconclusive"
+        return Banner(tone, word, f"{stopped.name}: {stopped.why or 'no reason was recorded'}")
+    if record.verdict is None:
+        waiting = [s.name for s in record.stages if s.status in ("pending", "running")]
+        return Banner("pending", "NOT FINISHED", f"still to do: {', '.join(waiting) or 'the gates'}")
+    why = record.why or ("" if verdicts_of(record) else NO_GATE)
+    return Banner(TONES[record.verdict], record.verdict, why)
+
+
+def tiles(record: RunRecord) -> list[Tile]:
+    """The headline numbers: primary metric, latency, MACs, parameters, file size."""
+    primary = primary_of(record)
+    names = {f"accuracy.{primary}": primary, LATENCY: "mean latency", "macs": "MACs", "params": "parameters"}
+    names["size.onnx_mib"] = "ONNX file"
+    made = [_tile(record, name, label) for name, label in names.items()]
+    return [tile for tile in made if tile is not None]
+
+
+def _tile(record: RunRecord, name: str, label: str) -> Tile | None:
+    seen = steps(record, name)
+    if not seen:
+        return None
+    stage, last = seen[-1]
+    dense = next((m for s, m in seen if s == BASELINE), None)
+    if name == LATENCY:
+        dense = _dense_latency(record, stage, last)
+    after = figure(last)
+    assert after is not None
+    if dense is None or stage == BASELINE:
+        return Tile(label, after, None, "")
+    return Tile(
+        label,
+        after,
+        figure(dense),
+        _speedup(record, stage) if dense.name == DENSE_LATENCY else _change(name, dense.value, last.value),
+    )
+
+
+def _dense_latency(record: RunRecord, stage: str, last: Measurement) -> Measurement | None:
+    """Timed in turns with the last one, else of the baseline; of the same kind, or the ratio would be neither."""
+    found = record.stage(stage)
+    beside = of_stage(record, found, DENSE_LATENCY) if found is not None else None
+    if beside is not None and beside.kind == last.kind:
+        return beside
+    return _same_kind(record, last.kind)
+
+
+def _speedup(record: RunRecord, stage: str) -> str:
+    found = record.stage(stage)
+    ratio = of_stage(record, found, SPEEDUP) if found is not None else None
+    if ratio is None:
+        return ""
+    spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low is not None and ratio.high is not None else ""
+    return f"{ratio.value:.2f}{TIMES} as fast{spread}"
+
+
+def _same_kind(record: RunRecord, kind: Kind) -> Measurement | None:
+    stage = record.stage(BASELINE)
+    found = [m for m in stage.measurements if m.name == LATENCY and m.kind == kind] if stage is not None else []
+    return next((m for m in found if at_target(record, m)), None)
+
+
+def _change(name: str, before: float, after: float) -> str:
+    if _plain_metric(name):
+        return f"{after - before:+.4f}".replace("-", MINUS)
+    if before <= 0 or after <= 0:
+        return ""
+    if name.startswith("latency."):
+        return f"{before / after:.2f}{TIMES} as fast"
+    return f"{percent(after / before)} kept"
+
+
+def _plain_metric(name: str) -> bool:
+    return name.startswith("accuracy.")
+
+
+def gate_rows(record: RunRecord) -> list[GateRow]:
+    """Every gate with its limit, value and interval."""
+    return [_gate_row(record, verdict) for verdict in verdicts_of(record)]
+
+
+def _gate_row(record: RunRecord, verdict: Verdict) -> GateRow:
+    title, at_most, name = _gate_meaning(record, verdict.gate)
+    found = _gate_evidence(record, verdict)
+    spread = ""
+    if verdict.low is not None and verdict.high is not None:
+        spread = f"{quantity(name, verdict.low).removesuffix(' ms')} to {quantity(name, verdict.high)}"
+    return GateRow(
+        verdict=verdict,
+        title=title,
+        tone=TONES[verdict.verdict],
+        relation="at most" if at_most else "at least",
+        limit=DASH if verdict.limit is None else _limit(name, verdict.limit),
+        value="missing" if verdict.value is None else quantity(name, verdict.value),
+        spread=spread,
+        kind=None if found is None else found.kind,
+        at_most=at_most,
+    )
+
+
+def _limit(name: str, limit: float) -> str:
+    return f"{number(limit)} ms" if name.startswith("latency.") else number(limit)
+
+
+def _gate_meaning(record: RunRecord, gate: str) -> tuple[str, bool, str]:
+    """(title, whether the value must be at most the limit, the name that tells how to print it)."""
+    kind, _, rest = gate.partition(".")
+    metrics = metrics_of(record)
+    if kind == "accuracy":
+        return f"Drop of {rest} against the dense model", True, gate
+    if kind == "latency":
+        words = {"mean_ms": "Mean latency", "p99_ms": "99th percentile of latency"}
+        return words.get(rest, gate), True, gate
+    if kind == "floors":
+        ceiling = metrics.get(rest) == "min"
+        return f"{'Ceiling' if ceiling else 'Floor'} of {rest}", ceiling, gate
+    if kind == "robustness" and rest.endswith(".min"):
+        ceiling = metrics.get(primary_of(record)) == "min"
+        failure = words_of(rest.removesuffix(".min"))
+        return f"{primary_of(record)} under {failure}", ceiling, gate
+    if kind == "robustness":
+        return f"Extra drop under {words_of(rest)}", True, gate
+    return gate, True, gate
+
+
+def words_of(identifier: str) -> str:
+    """camera_blank -> camera blank."""
+    return identifier.replace("_", " ")
+
+
+def _gate_evidence(record: RunRecord, verdict: Verdict) -> Measurement | None:
+    """The measurement that a gate judged: the very latency, or the last metric of the released model."""
+    kind, _, rest = verdict.gate.partition(".")
+    if kind == "latency":
+        seen = [m for s in record.stages for m in s.measurements if m.name == verdict.gate and m.value == verdict.value]
+        return seen[-1] if seen else None
+    metric = primary_of(record) if kind == "robustness" else rest
+    if verdict.value is None:
+        return None
+    found = steps(record, f"accuracy.{metric}")
+    return found[-1][1] if found else None
+
+
+def stage_rows(record: RunRecord) -> list[StageRow]:
+    """Every stage, and the figures of the model it made."""
+    names = [f"accuracy.{primary_of(record)}", LATENCY, *MODEL_STAGES]
+    return [
+        StageRow(
+            name=stage.name,
+            status=stage.status,
+            tone=STATUS_TONES.get(stage.status, "pending"),
+            seconds=f"{number(stage.seconds, 3)} s" if stage.seconds else DASH,
+            why=stage.why or "",
+            figures={name: figure(of_stage(record, stage, name)) for name in names},
+            facts=_facts(stage),
+        )
+        for stage in record.stages
+    ]
+
+
+def _facts(stage: StageRecord) -> list[tuple[str, str]]:
+    facts = {key: value for key, value in stage.details.items() if key not in SHOWN_ELSEWHERE}
+    return [(words_of(key), plain(value)) for key, value in facts.items() if value not in ({}, [], "")]
+
+
+def cards(record: RunRecord, key: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(stage, figures) of every stage whose details hold `key`."""
+    found = [(stage.name, stage.details[key]) for stage in record.stages if isinstance(stage.details.get(key), Mapping)]
+    return [(name, [(words_of(str(k)), plain(v)) for k, v in card.items()]) for name, card in found]
+
+
+def group_rows(record: RunRecord) -> list[GroupRow]:
+    """Widths before and after, by branch in the order of appearance, then as planned."""
+    stage = record.stage("prune")
+    groups = stage.details.get("groups", []) if stage is not None else []
+    rows = [
+        GroupRow(
+            id=str(group["id"]),
+            label=_short_layer(str(group["id"])),
+            branch=str(group["branch"]),
+            width=int(group["width"]),
+            kept=group["kept"] if isinstance(group["kept"], int) else len(group["kept"]),
+        )
+        for group in groups
+    ]
+    order = list(dict.fromkeys(row.branch for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.branch))
+
+
+def _short_layer(group: str) -> str:
+    first, *others = group.split("+")
+    name = first.removesuffix(".weight")
+    if len(name) > 30:
+        name = f"{name[:12]}\u2026{name[-17:]}"
+    return f"{name} +{len(others)}" if others else name
+
+
+def branch_rows(record: RunRecord) -> list[BranchRow]:
+    """What was removed from each modality (and from the fusion)."""
+    stage = record.stage("prune")
+    branches = stage.details.get("branches", {}) if stage is not None else {}
+    groups = group_rows(record)
+    return [
+        BranchRow(
+            name=str(name),
+            macs_before=float(figures["macs_before"]),
+            macs_after=float(figures["macs_after"]),
+            params_before=float(figures["params_before"]),
+            params_after=float(figures["params_after"]),
+            channels_before=sum(row.width for row in groups if row.branch == name),
+            channels_after=sum(row.kept for row in groups if row.branch == name),
+        )
+        for name, figures in branches.items()
+    ]
+
+
+def failure_rows(record: RunRecord) -> list[FailureRow]:
+    """Both models under every sensor failure that was tried, by the primary metric."""
+    metric = primary_of(record)
+    sign = -1 if metrics_of(record).get(metric) == "min" else 1
+    seen = _failures(record, metric)
+    clean = steps(record, f"accuracy.{metric}")
+    dense_clean = next((m.value for s, m in clean if s == BASELINE), None)
+    compressed_clean = next((m.value for s, m in reversed(clean) if s != BASELINE), None)
+    verdicts = {verdict.gate: verdict for verdict in verdicts_of(record)}
+    rows = []
+    for (failure, severity), (dense, compressed) in seen.items():
+        dense_drop = _drop(dense_clean, dense, sign)
+        drop = _drop(compressed_clean, compressed, sign)
+        verdict = verdicts.get(f"robustness.{failure}")
+        judged = verdict if verdict is not None and _judged_at(verdict, severity, seen, failure) else None
+        extra = "" if dense_drop is None or drop is None else _signed(drop - dense_drop)
+        rows.append(
+            FailureRow(
+                failure=words_of(failure),
+                severity=severity,
+                dense=figure(dense),
+                compressed=figure(compressed),
+                dense_drop="" if dense_drop is None else _signed(dense_drop),
+                compressed_drop="" if drop is None else _signed(drop),
+                extra=extra,
+                verdict=judged,
+            )
+        )
+    return rows
+
+
+def _judged_at(verdict: Verdict, severity: int, seen: Mapping[tuple[str, int], Any], failure: str) -> bool:
+    """A verdict names the severity it judged; where it does not, a failure tried at one severity is clear."""
+    return f"(severity {severity})" in verdict.why or sum(1 for name, _ in seen if name == failure) == 1
+
+
+def _failures(record: RunRecord, metric: str) -> dict[tuple[str, int], tuple[Measurement | None, Measurement | None]]:
+    found: dict[tuple[str, int], tuple[Measurement | None, Measurement | None]] = {}
+    for stage in record.stages:
+        for measurement in stage.measurements:
+            match = re.fullmatch(rf"robustness\.(.+)\.(\d+)\.(dense\.)?{re.escape(metric)}", measurement.name)
+            if match is None:
+                continue
+            where = (match[1], int(match[2]))
+            dense, compressed = found.get(where, (None, None))
+            found[where] = (measurement, compressed) if match[3] else (dense, measurement)
+    return dict(sorted(found.items()))
+
+
+def _drop(clean: float | None, under: Measurement | None, sign: int) -> float | None:
+    return None if clean is None or under is None else sign * (clean - under.value)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.4f}"
+    return ("0.0000" if float(text) == 0 else text).replace("-", MINUS)
