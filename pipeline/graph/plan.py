@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -266,7 +267,7 @@ def _check_kept(where: str, kept: Sequence[Any], width: int, error: type[Checkpo
         raise error(f"expected at least one kept channel; got none at {where}; keep some channels")
     if any(not isinstance(c, int) or isinstance(c, bool) for c in kept):
         raise error(f"expected channel numbers; got something else at {where}; the plan is damaged")
-    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(kept)):
         raise error(f"expected kept channels sorted and unique; got them out of order at {where}; the plan is damaged")
     if kept[0] < 0 or kept[-1] >= width:
         bad = kept[0] if kept[0] < 0 else kept[-1]
