@@ -475,7 +475,7 @@ def _check_backward(task: LoadedTask, model: nn.Module) -> None:
             )
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not torch.isfinite(total):
-            values = {name: float(loss) for name, loss in losses.items()}
+            values = {name: float(loss.detach()) for name, loss in losses.items()}
             raise TaskError(
                 f"expected finite losses on the first training batch; got {values}; check the labels and the checkpoint"
             )

@@ -117,7 +117,8 @@ class Baseline:
 
     def _groups(self, ctx: Context, model: Any, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         from fusepress.pipeline.graph.cost import CostModel
-        from fusepress.pipeline.graph.groups import find_groups, save_graph
+        from fusepress.pipeline.graph.files import save_graph
+        from fusepress.pipeline.graph.groups import find_groups
 
         assert ctx.recipe.prune is not None
         keep = [*ctx.task.keep, *ctx.recipe.prune.keep]

@@ -41,7 +41,7 @@ class Prune:
         """Write plan.json and the pruned weights."""
         from fusepress.pipeline.graph.apply import apply_plan
         from fusepress.pipeline.graph.cost import CostModel
-        from fusepress.pipeline.graph.groups import load_graph
+        from fusepress.pipeline.graph.files import load_graph
         from fusepress.pipeline.pruning.allocate import allocate
         from fusepress.pipeline.scoring.picture import score_picture
         from fusepress.pipeline.scoring.result import load_scores

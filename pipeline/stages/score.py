@@ -33,7 +33,7 @@ class Score:
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write scores.safetensors and a picture."""
-        from fusepress.pipeline.graph.groups import load_graph
+        from fusepress.pipeline.graph.files import load_graph
         from fusepress.pipeline.scoring.criteria import score_channels
         from fusepress.pipeline.scoring.picture import score_picture
         from fusepress.pipeline.scoring.result import save_scores
