@@ -300,6 +300,7 @@ def lower_opset(proto: Any, opset: int) -> None:
     """
     from onnx import helper, numpy_helper
 
+    _constants_to_initializers(proto.graph)
     constants = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type in _REDUCTIONS:
@@ -506,6 +507,7 @@ def canonical(proto: Any) -> None:
     for entry in sorted(proto.opset_import, key=lambda e: e.domain):
         if entry.domain == "ai.onnx":
             entry.domain = ""
+    _constants_to_initializers(proto.graph)
     _canonical_graph(proto.graph)
 
 
@@ -525,6 +527,20 @@ def _canonical_graph(graph: Any) -> None:
             attribute.doc_string = ""
             if attribute.HasField("g"):
                 _canonical_graph(attribute.g)
+
+
+def _constants_to_initializers(graph: Any) -> None:
+    """Constants in one place, whichever way a tool wrote them."""
+    kept = []
+    for node in graph.node:
+        tensor = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
+        if tensor is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    if len(kept) < len(graph.node):
+        _replace(graph.node, kept)
 
 
 def _strip(item: Any) -> None:

@@ -85,8 +85,9 @@ def check_sparsity_2to4(path: Path) -> SparsityReport:
     proto = load_onnx(path)
     constants = {t.name: t for t in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type == "Constant":
-            constants |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                constants[node.output[0]] = attribute.t
     producer = {output: node for node in proto.graph.node for output in node.output}
 
     def weight_of(tensor: str, axis: int) -> tuple[str, Array, int] | None:
