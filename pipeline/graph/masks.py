@@ -178,12 +178,6 @@ class MaskHolder:
             for name, parameter in self._parameters(model):
                 parameter.masked_fill_(self._drop(name, parameter.device), 0.0)
 
-    def apply_to_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the masked entries of tensors named as the parameters (a weight average) to zero, in place."""
-        with torch.no_grad():
-            for name in self.masks:
-                tensors[name].masked_fill_(self._drop(name, tensors[name].device), 0.0)
-
     def apply_to_gradients(self, model: nn.Module) -> None:
         """Set the gradients of masked weights to zero, in place."""
         for name, parameter in self._parameters(model):
