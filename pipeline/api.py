@@ -297,7 +297,7 @@ def _released(record: RunRecord) -> str:
 def _previous(folder: Path) -> RunRecord | None:
     try:
         return read_run(folder)
-    except StoreError:
+    except (StoreError, UsageError):
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fusepress.pipeline.errors import StoreError
+from fusepress.pipeline.errors import StoreError, UsageError
 
 Kind = Literal["measured", "simulated", "predicted"]
 GateVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "ANOMALOUS"]
@@ -131,13 +131,14 @@ def read_run(run: Path) -> RunRecord:
     """Read run.json of a run folder.
 
     Raises:
-        StoreError: it is missing, damaged or of another schema.
+        UsageError: there is none.
+        StoreError: it is damaged or of another schema.
     """
     path = run / RUN_JSON
     try:
         return RunRecord.model_validate_json(path.read_text())
     except FileNotFoundError as error:
-        raise StoreError(
+        raise UsageError(
             f"expected a run folder with {RUN_JSON}; got none at {run}; name a folder that `fusepress compress` made"
         ) from error
     except ValueError as error:

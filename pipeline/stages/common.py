@@ -65,12 +65,8 @@ def evaluate_with_progress(ctx: Context, predict: Predict, begin: float, end: fl
 
 def save_stats(evaluation: Evaluation, path: Path) -> None:
     """Per-sample statistics as an npz without pickles."""
-    np.savez(
-        path,
-        sample_ids=np.array(evaluation.sample_ids),
-        groups=np.array(evaluation.groups),
-        **{f"stat/{name}": value for name, value in evaluation.stats.items()},
-    )
+    arrays: dict[str, Any] = {f"stat/{name}": value for name, value in evaluation.stats.items()}
+    np.savez(path, sample_ids=np.array(evaluation.sample_ids), groups=np.array(evaluation.groups), **arrays)
 
 
 def load_stats(path: Path, score: Callable[[dict[str, Any]], dict[str, float]]) -> Evaluation:
@@ -202,7 +198,7 @@ def measured_latency(
 
 
 def latency_result(
-    result: Any, *, device: str, precision: str, artifact_sha256: str, prefix: str = "latency"
+    result: Any, *, device: str, precision: str | None, artifact_sha256: str, prefix: str = "latency"
 ) -> list[Measurement]:
     """A LatencyMeasurement as records."""
     note = None if result.stable else f"unstable: coefficient of variation {100 * result.cov:.1f} %"

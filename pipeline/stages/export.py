@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusepress.pipeline.errors import ExportError
-from fusepress.pipeline.evaluate import torch_predict
+from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
@@ -47,15 +47,15 @@ class Export:
         model = common.current_model(ctx)
         inputs = common.example_inputs(ctx)
         export_onnx(model, inputs, common.output_names(ctx, model), work / "raw.onnx", opset=ctx.profile.opset)
-        slim(work / "raw.onnx", out / "model.onnx")
-        session = OnnxSession(out / "model.onnx")
         batches = common.calib_batches(ctx, PARITY_BATCHES)
+        slim(work / "raw.onnx", out / "model.onnx", batches)
+        session = OnnxSession(out / "model.onnx")
         parity = check_parity(torch_predict(ctx.task, model), lambda feeds: session(feeds), batches)
         require_parity(parity, PARITY_RELATIVE)
         ctx.reporter.update(0.3, "evaluating the ONNX model")
         sha = sha256_file(out / "model.onnx")
         evaluation = common.evaluate_with_progress(ctx, lambda feeds: session(feeds), 0.3, 0.9)
-        in_torch = common.evaluate(ctx.task, torch_predict(ctx.task, model), "eval").metrics
+        in_torch = evaluate(ctx.task, torch_predict(ctx.task, model), "eval").metrics
         self._require_equal_metrics(evaluation.metrics, in_torch)
         measurements = common.accuracy_measurements(
             ctx, evaluation, runtime="onnxruntime-cpu", precision="fp32", artifact_sha256=sha

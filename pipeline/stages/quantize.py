@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusepress.pipeline.recipe import QuantizeConfig
 from fusepress.pipeline.stages import common
@@ -79,7 +79,7 @@ class Quantize:
         atomic_write_text(out / "calibration.json", card.to_json())
         arrays = calibration_arrays(ctx.task, card)
         ctx.reporter.update(0.2, f"calibrating on {len(card.sample_ids)} samples")
-        remainder = "fp32" if ctx.on_host else "fp16"
+        remainder: Literal["fp16", "fp32"] = "fp32" if ctx.on_host else "fp16"
         if ctx.precision == "fp8":
             report = quantize_fp8(source, arrays, final, exclude=config.exclude)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
@@ -45,6 +46,6 @@ class Score:
         )
         save_scores(result, out / "scores.safetensors")
         atomic_write_text(out / "scores.svg", score_picture(result.channel, graph.groups, None))
-        details = {"method": ctx.recipe.score.method, "log": result.log}
+        details: dict[str, Any] = {"method": ctx.recipe.score.method, "log": result.log}
         details["pictures"] = [{"path": "score/scores.svg", "title": "Channel scores by modality and layer"}]
         return StageOutput(details=details, artifacts={"scores": "scores.safetensors"})
