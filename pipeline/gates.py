@@ -407,9 +407,11 @@ def overall(verdicts: Sequence[Verdict]) -> tuple[GateVerdict, str]:
         return "PASS", "the gate passed" if len(verdicts) == 1 else f"all {len(verdicts)} gates passed"
     counts = Counter(v.verdict for v in verdicts)
     words = {"FAIL": "failed", "ANOMALOUS": "anomalous", "INCONCLUSIVE": "inconclusive", "PASS": "passed"}
-    tally = ", ".join(f"{counts[level]} {words[level]}" for level in order if counts[level])
+    others = [f"{counts[level]} {words[level]}" for level in order if counts[level] and level != worst]
+    gates = "gate" if len(verdicts) == 1 else "gates"
+    tally = ", ".join([f"{counts[worst]} of {len(verdicts)} {gates} {words[worst]}", *others])
     reasons = "; ".join(f"{v.gate}: {v.why}" for v in verdicts if v.verdict == worst)
-    return worst, f"of {len(verdicts)} gates {tally}. {reasons}"
+    return worst, f"{tally}. {reasons}"
 
 
 def exit_code(verdict: GateVerdict) -> int:

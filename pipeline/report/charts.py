@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from fusepress.pipeline.evidence import Kind
 
-LABEL, VALUE = 78.0, 112.0  # columns beside the plot
+LABEL, VALUE = 78.0, 84.0  # columns beside the plot
 ROW = 27.0
 
 
@@ -29,7 +29,7 @@ class Step:
     kind: Kind
 
 
-def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers within [low, high], about as many as wanted (never more than twice as many)."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
@@ -47,6 +47,7 @@ def step_chart(
     *,
     title: str,
     show: Callable[[float], str],
+    show_tick: Callable[[float], str],
     limit: float | None = None,
     limit_label: str = "",
     from_zero: bool = False,
@@ -58,6 +59,7 @@ def step_chart(
         steps: one row each.
         title: what a screen reader says first; the numbers follow it.
         show: how a number is printed.
+        show_tick: how a number on the axis is printed.
         limit: a vertical line; its label stands above the plot.
         limit_label: what that line is.
         from_zero: whether the axis starts at 0 (for ratios to be seen).
@@ -74,7 +76,7 @@ def step_chart(
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
-    parts = [_axis(x, nice_ticks(low, high), top, bottom, show)]
+    parts = [_axis(x, nice_ticks(low, high), top, bottom, show_tick)]
     if limit is not None:
         parts.append(_limit_line(x(limit), top, bottom, limit_label, left, right))
     points = [(x(s.value), top + ROW * (index + 0.5)) for index, s in enumerate(steps)]

@@ -44,7 +44,8 @@ def write_report(run_dir: Path) -> Path:
         The path of the page.
 
     Raises:
-        StoreError: run.json is missing or damaged, or the page cannot be written.
+        UsageError: there is no run.json.
+        StoreError: run.json is damaged, or the page cannot be written.
     """
     path = run_dir / REPORT_HTML
     atomic_write_text(path, render(read_run(run_dir), run_dir))
@@ -110,6 +111,7 @@ def _step_charts(record: RunRecord) -> list[tuple[str, Markup, str]]:
             [charts.Step(stage, m.value, m.low, m.high, m.kind) for stage, m in seen],
             title=heading,
             show=lambda value, name=name: view.quantity(name, value),  # type: ignore[misc]
+            show_tick=lambda value, unit=" ms" if name == view.LATENCY else "": view.number(value) + unit,  # type: ignore[misc]
             limit=limit,
             limit_label=label,
             from_zero=name == view.LATENCY,

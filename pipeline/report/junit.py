@@ -33,7 +33,8 @@ def write_junit(run_dir: Path) -> Path:
         The path of the file.
 
     Raises:
-        StoreError: run.json is missing or damaged, or the file cannot be written.
+        UsageError: there is no run.json.
+        StoreError: run.json is damaged, or the file cannot be written.
     """
     record = read_run(run_dir)
     report = JUnitXml(_clean(f"fusepress {record.name}"))

@@ -23,7 +23,8 @@ def write_summary(run_dir: Path) -> Path:
         The path of the file.
 
     Raises:
-        StoreError: run.json is missing or damaged, or the file cannot be written.
+        UsageError: there is no run.json.
+        StoreError: run.json is damaged, or the file cannot be written.
     """
     path = run_dir / SUMMARY_MD
     atomic_write_text(path, render(read_run(run_dir)))
@@ -96,7 +97,8 @@ def _failures(record: RunRecord) -> str:
 
 def _artifacts(record: RunRecord) -> str:
     rows = [[_text(view.words_of(k)), _code(a.path), _code(a.sha256[:16])] for k, a in record.artifacts.items()]
-    note = f"Releasable: **{_text(view.words_of(record.released))}**" if record.released else ""
+    word = "Releasable" if record.verdict == "PASS" else "Releasable instead"
+    note = f"{word}: **{_text(view.words_of(record.released))}**" if record.released else ""
     table = _table(["Artifact", "File", "sha256"], rows)
     return "\n\n".join(part for part in (note, table) if part)
 

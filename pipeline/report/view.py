@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusepress.pipeline.evidence import Kind, Measurement, RunRecord, StageRecord, Verdict
@@ -49,6 +49,7 @@ class Banner:
     tone: Tone
     word: str
     why: str
+    culprits: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,13 @@ def number(value: float, digits: int = 4) -> str:
     return text.replace("-", MINUS)
 
 
+def three(value: float) -> str:
+    """Three significant digits, trailing zeros kept, so that columns of latencies line up."""
+    if not math.isfinite(value) or value == 0 or abs(value) >= 1000 or abs(value) < 1e-4:
+        return number(value, 4)
+    return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
+
+
 def count(value: float) -> str:
     """A count with an SI prefix: 1.24 G."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -170,11 +178,11 @@ def percent(value: float, *, signed: bool = False) -> str:
 def quantity(name: str, value: float) -> str:
     """A measurement's value as its kind of number is read: decimals for metrics, ms, MiB, SI counts."""
     if name.startswith("latency."):
-        return f"{number(value, 3)} ms"
+        return f"{three(value)}{TIMES}" if name == SPEEDUP else f"{three(value)} ms"
     if name in ("macs", "params"):
         return count(value)
     if name.startswith("size.") and name.endswith("_mib"):
-        return f"{number(value, 3)} MiB"
+        return f"{three(value)} MiB"
     if name.startswith(("accuracy.", "robustness.", "floors.")) and abs(value) < 10:
         return f"{value:.4f}".replace("-", MINUS)
     return number(value)
@@ -275,8 +283,21 @@ def banner(record: RunRecord) -> Banner:
     if record.verdict is None:
         waiting = [s.name for s in record.stages if s.status in ("pending", "running")]
         return Banner("pending", "NOT FINISHED", f"still to do: {', '.join(waiting) or 'the gates'}")
-    why = record.why or ("" if verdicts_of(record) else NO_GATE)
-    return Banner(TONES[record.verdict], record.verdict, why)
+    if not verdicts_of(record):
+        return Banner(TONES[record.verdict], record.verdict, _sentence(record.why or NO_GATE))
+    rows = [row for row in gate_rows(record) if row.verdict.verdict == record.verdict != "PASS"]
+    # the reasons stand in the table below, so the first sentence of `why` and the names are enough here
+    why = record.why.partition(". ")[0] if rows else record.why
+    return Banner(TONES[record.verdict], record.verdict, _sentence(why), [_culprit(row) for row in rows])
+
+
+def _culprit(row: GateRow) -> str:
+    spread = f" ({row.spread})" if row.spread else ""
+    return f"{row.title}: {row.value}{spread}, {row.relation} {row.limit}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def tiles(record: RunRecord) -> list[Tile]:
@@ -508,8 +529,8 @@ def failure_rows(record: RunRecord) -> list[FailureRow]:
                 severity=severity,
                 dense=figure(dense),
                 compressed=figure(compressed),
-                dense_drop="" if dense_drop is None else _signed(dense_drop),
-                compressed_drop="" if drop is None else _signed(drop),
+                dense_drop="" if dense_drop is None else quantity("accuracy.", dense_drop),
+                compressed_drop="" if drop is None else quantity("accuracy.", drop),
                 extra=extra,
                 verdict=judged,
             )
