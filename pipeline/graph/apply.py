@@ -74,7 +74,7 @@ def gate_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     for name, missing in normed.items():
         module = gated.get_submodule(name)
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            module.forward = _masked_norm(module, sorted(missing))  # type: ignore[method-assign]
+            module.forward = _masked_norm(module, sorted(missing))  # type: ignore[method-assign, assignment]
     return gated
 
 
@@ -98,7 +98,8 @@ def _masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callab
             out = out * module.weight.view(shape)
         if module.bias is not None:
             out = out + module.bias.view(shape)
-        return out.movedim(1, -1) if layer else out
+        back: Tensor = out.movedim(1, -1) if layer else out
+        return back
 
     return forward
 
@@ -133,7 +134,7 @@ def _keep_index(model: nn.Module, key: tuple[str, int], gone: list[int]) -> Tens
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    held = module._parameters.get(key)
+    held: Tensor | None = module._parameters.get(key)
     if held is None:
         held = module._buffers.get(key)
     if held is None:

@@ -39,6 +39,7 @@ class Bench:
     ports: dict[str, Port] = field(default_factory=dict)
     loose: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    watched: set[str] | None = None
     seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Bench:
         """Compare a layer's input with the recorded one, channel by channel."""
         if self.recording:
             self.seen[port, call] = x
+            return
+        if self.watched is not None and port not in self.watched:
             return
         base = self.seen.get((port, call))
         if base is None or base.shape != x.shape:
@@ -142,7 +145,7 @@ def set_up(model: nn.Module, inputs: dict[str, Tensor], forward: Forward, deadli
     _prepare_tensors(bench, {name for name, _ in model.named_parameters()} - owned)
     for name, kind in bench.kinds.items():
         module = model.get_submodule(name)
-        module.forward = _replacement(bench, name, module, kind)  # type: ignore[method-assign]
+        module.forward = _replacement(bench, name, module, kind)
     bench.run()
     bench.recording = False
     if bench.run() or any(bool(hit.any()) for hit in bench.changed.values()):
@@ -262,8 +265,9 @@ def _guarded(links: Links, port: Port, work: Callable[[], Reach | None]) -> Reac
     return None
 
 
-def _disturb(bench: Bench, masks: dict[str, Tensor]) -> tuple[Reach, bool]:
+def _disturb(bench: Bench, masks: dict[str, Tensor], watched: set[str] | None = None) -> tuple[Reach, bool]:
     """Disturb some channels of some sources; returns which input indices changed, and whether the outputs did."""
+    bench.watched = watched
     kept: dict[str, Tensor] = {}
     bench.masks = masks
     try:
@@ -278,7 +282,7 @@ def _disturb(bench: Bench, masks: dict[str, Tensor]) -> tuple[Reach, bool]:
                 tensor.add_(raised.to(tensor) * masks[name].to(tensor).view(view))
         out = bench.run()
     finally:
-        bench.masks = {}
+        bench.masks, bench.watched = {}, None
         with torch.no_grad():
             for name, old in kept.items():
                 bench.loose[name].copy_(old)
@@ -336,11 +340,12 @@ def _decode(bench: Bench, team: list[Port], reaches: dict[str, Reach]) -> dict[s
     codes = {
         port.name: {n: torch.zeros(h.shape, dtype=torch.long) for n, h in reaches[port.name].items()} for port in team
     }
+    watched = {name for port in team for name in reaches[port.name]}
     unclear = {port.name: {n: torch.zeros_like(h) for n, h in reaches[port.name].items()} for port in team}
     for bit in range(bits):
         on = {port.name: (torch.arange(port.size) >> bit) & 1 == 1 for port in team}
-        ones, _ = _disturb(bench, on)
-        zeros, _ = _disturb(bench, {name: ~mask for name, mask in on.items()})
+        ones, _ = _disturb(bench, on, watched)
+        zeros, _ = _disturb(bench, {name: ~mask for name, mask in on.items()}, watched)
         for source, reach in codes.items():
             for name, code in reach.items():
                 code += ones[name].long() << bit
@@ -369,7 +374,7 @@ def _link_several(bench: Bench, links: Links, port: Port, several: set[Slot]) ->
     for channel in range(port.size):
         one = torch.zeros(port.size, dtype=torch.bool)
         one[channel] = True
-        changed, _ = _disturb(bench, {port.name: one})
+        changed, _ = _disturb(bench, {port.name: one}, names)
         for name in names:
             for index in changed[name].nonzero().flatten().tolist():
                 if (name, index) in sources:
@@ -394,6 +399,9 @@ def _link_loose(bench: Bench, links: Links, port: Port) -> None:
     reach = {name: hit for name, hit in changed.items() if bool(hit.any())}
     if not reach:
         return
+    first, _ = _disturb(bench, {port.name: torch.arange(port.size) == 0}, set(reach))
+    if all(torch.equal(first[name], hit) for name, hit in reach.items()):
+        return  # one index reaches all channels
     where, several = _decode(bench, [port], {port.name: reach})[port.name]
     made = {links.root(slot) for slot in list(links._parent) if slot[0].startswith("out:")}
     touched: dict[int, set[Slot]] = {}

@@ -41,8 +41,13 @@ def load_graph(path: Path) -> GroupGraph:
             for g in raw["groups"]
         )
         frozen = tuple(Frozen(**f) for f in raw["frozen"])
+        branches = {branch: tuple(paths) for branch, paths in raw["branches"].items()}
         return GroupGraph(
-            groups=groups, frozen=frozen, arch_sha256=raw["arch_sha256"], notes=tuple(raw["notes"])
+            groups=groups,
+            frozen=frozen,
+            arch_sha256=raw["arch_sha256"],
+            notes=tuple(raw["notes"]),
+            branches=branches,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(

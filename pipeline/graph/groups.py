@@ -26,7 +26,7 @@ from fusepress.pipeline.graph.ports import Links, Port, assemble, inside, kind_o
 from fusepress.pipeline.graph.trace import trace_links
 
 T = TypeVar("T")
-SAMPLES = 2  # of the example inputs: enough to tell the batch from other dimensions
+SAMPLES = 2  # of the example inputs: the test runs on a batch, the numeric finder on one sample
 TRACER_SHARE = 0.25  # of the time limit, for torch-pruning
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -142,6 +142,7 @@ def _find(
         frozen=_frozen(model, bench, groups, reasons),
         arch_sha256=architecture_sha256(model),
         notes=tuple(notes),
+        branches={branch: tuple(paths) for branch, paths in branches.items()},
     )
 
 
@@ -151,7 +152,7 @@ def _probe(
     """The numeric finder, in float32: it compares for equality, so that more digits would say no more."""
     _working_type(model, example_inputs, (torch.float32,))
     try:
-        inputs = _inputs_for(model, example_inputs, torch.float32)
+        inputs = _inputs_for(model, example_inputs, torch.float32, samples=1)
         bench = set_up(_copy(model, torch.float32), inputs, run_flat, deadline)
         for port in bench.ports.values():
             if port.name.startswith("out:") and any(inside(port.module, path) for path in keep):
@@ -208,11 +209,13 @@ def _copy(model: nn.Module, kind: torch.dtype) -> nn.Module:
     return private.to(kind).eval()
 
 
-def _inputs_for(model: nn.Module, inputs: dict[str, Tensor], kind: torch.dtype) -> dict[str, Tensor]:
+def _inputs_for(
+    model: nn.Module, inputs: dict[str, Tensor], kind: torch.dtype, samples: int = SAMPLES
+) -> dict[str, Tensor]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     chosen = {}
     for name, value in inputs.items():
-        few = value[:SAMPLES].detach().to(device)
+        few = value[:samples].detach().to(device)
         chosen[name] = few.to(kind) if few.is_floating_point() else few
     return chosen
 

@@ -86,13 +86,15 @@ class GroupGraph:
         groups: in order of their first producer in the model.
         frozen: modules that cannot be pruned and why, in model order.
         arch_sha256: the architecture that they belong to.
-        notes: what the two finders (tracing and probing) disagreed on.
+        notes: what the two finders (tracing and probing) say of each other.
+        branches: modality -> module paths, as given.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     arch_sha256: str
     notes: tuple[str, ...] = ()
+    branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __getitem__(self, group_id: str) -> Group:
         for group in self.groups:
