@@ -168,15 +168,18 @@ def alternate(
         total=config.batches + len(stages) * (2 * config.batches + config.reactivation_batches), progress=progress
     )
     with untouched(model, seed=seed) as snapshot:
-        run = _Run(model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot)
-        scores, loss = run.contribution()
+        run = Alternation(
+            model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot
+        )
+        contribution, loss = run.contribution()
+        scores = normalise(contribution, scorer.branch_of)
         redundancy: dict[str, Tensor] = {}
         logs = []
         for modality in stages:
             found, stage_log = run.redundancy(modality)
             logs.append(stage_log)
-            for key, value in found.items():
-                share = value / _stages_seen(scorer.branch_of[key], task.branches)
+            for key, value in normalise(found, scorer.branch_of).items():
+                share = value.div_(_stages_seen(scorer.branch_of[key], task.branches))
                 redundancy[key] = redundancy[key].add_(share) if key in redundancy else share
     for key, value in scores.items():
         value.mul_(config.alpha)
@@ -226,8 +229,19 @@ def normalise(values: Mapping[str, Tensor], branch_of: Mapping[str, str]) -> dic
 
 
 @dataclass(slots=True, kw_only=True)
-class _Run:
-    """One scoring of one model: the passes that AlterMOMA is made of."""
+class Alternation:
+    """The passes that AlterMOMA is made of, on one model inside `untouched`; scores are raw, not normalised.
+
+    Attributes:
+        model: the network, in evaluation mode with gradients on.
+        task: its data, losses and branches.
+        scorer: what a score belongs to.
+        config: batches and reactivation.
+        seed: of the training batches.
+        passes: counts and reports.
+        snapshot: theta_init.
+        data: the batches D, the same for every gradient.
+    """
 
     model: nn.Module
     task: LoadedTask
@@ -242,13 +256,12 @@ class _Run:
         self.data = scoring_batches(self.task, self.seed, self.config.batches)
 
     def contribution(self) -> tuple[dict[str, Tensor], float]:
-        """N(DeCI) of every key, and the unmasked loss."""
+        """DeCI of every key, and the unmasked loss."""
         loss = mean_gradients(self.model, self.task, self.data, self.passes, "contribution, nothing masked")
-        values = self.scorer.scores(self._product({}), self.scorer.branch_of)
-        return normalise(values, self.scorer.branch_of), loss
+        return self.scorer.scores(self._product({}), self.scorer.branch_of), loss
 
     def redundancy(self, modality: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """N(ReRI) of every key outside the masked modality, and the log of the stage; the model is put back."""
+        """ReRI of every key outside the masked modality, and the log of the stage; the model is put back."""
         branch_of = branch_of_parameters(self.model, self.task.branches)
         where = f"{modality} masked"
         equal = masking_equals_zeroing(self.model, self._inputs(), self.task.branches, modality)
@@ -272,7 +285,7 @@ class _Run:
             "steps": steps,
             "zeroed_parameters_equal": equal,
         }
-        return normalise(values, self.scorer.branch_of), log
+        return values, log
 
     def _inputs(self) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
