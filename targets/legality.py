@@ -6,7 +6,7 @@ from fusepress.pipeline.errors import TargetError
 from fusepress.targets.profile import MAX_OPSET, Precision, Profile
 
 
-def check_legality(profile: Profile, precision: Precision, *, sparsity: bool = False, opset: int | None = None) -> None:
+def check_legality(profile: Profile, precision: str, *, sparsity: bool = False, opset: int | None = None) -> Precision:
     """Refuse what the target's hardware or runtime cannot do.
 
     Args:
@@ -15,14 +15,18 @@ def check_legality(profile: Profile, precision: Precision, *, sparsity: bool = F
         sparsity: whether 2:4 sparsity is asked for.
         opset: the ONNX opset that will be exported, if it was chosen by hand.
 
+    Returns:
+        The precision, now known to be one.
+
     Raises:
         TargetError: the precision, 2:4 sparsity or opset is not possible there.
     """
-    _check_precision(profile, precision)
+    checked = _check_precision(profile, precision)
     if sparsity:
         _check_sparsity(profile)
     if opset is not None:
         _check_opset(profile, opset)
+    return checked
 
 
 def _hardware(profile: Profile) -> str:
@@ -30,9 +34,10 @@ def _hardware(profile: Profile) -> str:
     return f"{profile.name} ({profile.arch}{capability})"
 
 
-def _check_precision(profile: Profile, precision: Precision) -> None:
-    if precision in profile.precisions:
-        return
+def _check_precision(profile: Profile, precision: str) -> Precision:
+    for allowed in profile.precisions:
+        if allowed == precision:
+            return allowed
     reason = {
         "fp8": "FP8 tensor cores begin with SM 8.9",
         "int8": "it has no INT8 tensor cores",
@@ -42,7 +47,8 @@ def _check_precision(profile: Profile, precision: Precision) -> None:
     best = "int8" if "int8" in profile.precisions else "fp16"
     raise TargetError(
         f"expected a precision that {_hardware(profile)} can run, one of {', '.join(profile.precisions)}; "
-        f"got {precision.upper()} at quantize.precision: {reason}; set `quantize: {{precision: {best}}}` or choose another target"
+        f"got {precision.upper()} at quantize.precision: {reason}; "
+        f"set `quantize: {{precision: {best}}}` or choose another target"
     )
 
 

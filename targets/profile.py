@@ -1,7 +1,8 @@
 """Target profiles: what a device can do, each figure with its source, read from YAML and schema-checked.
 
-A profile says which precisions, sparsity and opset are legal, how channels should be aligned, and from which figures latency
-is predicted. A figure without a document behind it carries `confirmed: false`. No profile claims a measured latency.
+A profile says which precisions, sparsity and opset are legal, how channels should be aligned, and from which figures
+latency is predicted. A figure without a document behind it carries `confirmed: false`, and no profile claims a
+measured latency.
 """
 
 from __future__ import annotations
@@ -228,9 +229,9 @@ class Profile(Section):
             return 0.0
         return self.dla.cores * self.mode(mode).dla_mhz * 1e-6 * self.dla.int8_ops_per_clock * (2 if sparse else 1)
 
-    def align(self, precision: Precision, *, sparsity: bool = False) -> int:
+    def align(self, precision: str, *, sparsity: bool = False) -> int:
         """Channel multiple for pruning; 2:4 sparsity needs at least 16 (groups of 4 along C, whole vectors kept)."""
-        multiple = self.channel_multiple.get(precision)
+        multiple = next((m for name, m in self.channel_multiple.items() if name == precision), None)
         if multiple is None:
             raise TargetError(
                 f"expected a precision of {self.name}, one of {', '.join(self.precisions)}; got {precision!r}; "
