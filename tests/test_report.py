@@ -628,6 +628,24 @@ def test_many_layers_are_cut_in_the_chart_and_whole_in_the_table() -> None:
     assert words.count("camera.layer74") == 1
 
 
+@pytest.mark.parametrize(("executed", "said"), [(False, True), (True, False)])
+def test_an_engine_that_never_ran_is_called_that(executed: bool, said: bool) -> None:
+    record = SAMPLES["pass"]()
+    record.artifacts["engine"] = Artifact(path="build/model.engine", sha256="f" * 64)
+    record.stages[8].details = {"executed": executed, "note": "no GPU was here"}
+    words = check_page(render(record, Path())).words
+    assert ("engine built, not executed build/model.engine" in words) == said
+    assert ("engine (built, not executed)" in markdown.render(record)) == said
+    assert "build no GPU was here" in words
+
+
+def test_details_of_any_size_stay_short() -> None:
+    huge = {f"key_{index}": [{"deep": ["x" * 50] * 100}] * 100 for index in range(100)}
+    assert len(view.plain(huge)) <= view.MOST_CHARACTERS
+    assert view.plain({"a_b": [1, 2.5, None, True]}) == f"a b 1, 2.5, {view.DASH}, yes"
+    assert view.plain(list(range(20))).endswith("7 and 12 more")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [

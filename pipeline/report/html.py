@@ -80,6 +80,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         machine=_pairs(record.environment),
         kinds={kind: (charts.legend_mark(kind), words) for kind, words in KIND_WORDS.items()},
         tone_of=view.TONES,
+        notes={name: view.artifact_note(record, name) for name in record.artifacts},
         count=view.count,
         quantity=view.quantity,
         number=view.number,

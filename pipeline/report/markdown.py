@@ -96,11 +96,19 @@ def _failures(record: RunRecord) -> str:
 
 
 def _artifacts(record: RunRecord) -> str:
-    rows = [[_text(view.words_of(k)), _code(a.path), _code(a.sha256[:16])] for k, a in record.artifacts.items()]
+    rows = [
+        [_text(_artifact_name(record, name)), _code(artifact.path), _code(artifact.sha256[:16])]
+        for name, artifact in record.artifacts.items()
+    ]
     word = "Releasable" if record.verdict == "PASS" else "Releasable instead"
     note = f"{word}: **{_text(view.words_of(record.released))}**" if record.released else ""
     table = _table(["Artifact", "File", "sha256"], rows)
     return "\n\n".join(part for part in (note, table) if part)
+
+
+def _artifact_name(record: RunRecord, name: str) -> str:
+    note = view.artifact_note(record, name)
+    return f"{view.words_of(name)} ({note})" if note else view.words_of(name)
 
 
 def _reproduce(record: RunRecord) -> str:

@@ -8,6 +8,7 @@ Besides measurements and verdicts the record's free-form fields are read where p
 * `details["branches"]` of `prune`: {branch: {"macs_before", "macs_after", "params_before", "params_after"}};
 * `details["pictures"]` of any stage: [{"path", "title"}], relative to the run folder or to the stage's folder in it;
 * `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
+* `details["note"]` of any stage: what a reader must know; `details["executed"]` of `build`: whether its engine ran;
 * other plain values in `details` are listed with their stage.
 
 Under a failure, `robustness.<failure>.<severity>.<metric>` is the compressed model's and
@@ -38,8 +39,9 @@ SPEEDUP = "latency.speedup"
 TONES: dict[str, Tone] = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "inconclusive", "ANOMALOUS": "anomalous"}
 STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fail", "interrupted": "inconclusive"}
 MODEL_STAGES = ("macs", "params", "size.onnx_mib")
-SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "calibration", "sparsity")
+SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "calibration", "sparsity", "note")
 MOST_ITEMS = 8
+MOST_CHARACTERS = 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,11 @@ def figure(measurement: Measurement | None) -> Figure | None:
 
 def plain(value: Any) -> str:
     """Any JSON value as short text."""
+    text = _plain(value)
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "\u2026"
+
+
+def _plain(value: Any) -> str:
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -212,11 +219,10 @@ def plain(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}".replace("-", MINUS)
     if isinstance(value, Mapping):
-        return _some([f"{key} {plain(item)}" for key, item in value.items()])
+        return _some([f"{words_of(str(key))} {_plain(item)}" for key, item in value.items()])
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return _some([plain(item) for item in value])
-    text = str(value)
-    return text if len(text) <= 200 else text[:197] + "..."
+        return _some([_plain(item) for item in value])
+    return str(value)
 
 
 def _some(items: list[str]) -> str:
@@ -443,7 +449,7 @@ def stage_rows(record: RunRecord) -> list[StageRow]:
             status=stage.status,
             tone=STATUS_TONES.get(stage.status, "pending"),
             seconds=f"{number(stage.seconds, 3)} s" if stage.seconds else DASH,
-            why=stage.why or "",
+            why=stage.why or str(stage.details.get("note") or ""),
             figures={name: figure(of_stage(record, stage, name)) for name in names},
             facts=_facts(stage),
         )
@@ -454,6 +460,14 @@ def stage_rows(record: RunRecord) -> list[StageRow]:
 def _facts(stage: StageRecord) -> list[tuple[str, str]]:
     facts = {key: value for key, value in stage.details.items() if key not in SHOWN_ELSEWHERE}
     return [(words_of(key), plain(value)) for key, value in facts.items() if value not in ({}, [], "")]
+
+
+def artifact_note(record: RunRecord, name: str) -> str:
+    """What is to be known of an artifact: an engine that never ran is called that."""
+    build = record.stage("build")
+    never_ran = name == "engine" and build is not None and build.details.get("executed") is False
+    notes = ["built, not executed" if never_ran else "", record.artifacts[name].note or ""]
+    return "; ".join(note for note in notes if note)
 
 
 def cards(record: RunRecord, key: str) -> list[tuple[str, list[tuple[str, str]]]]:
