@@ -30,10 +30,10 @@ FAILURES = ("camera_blank", "camera_dark", "camera_noise", "lidar_blank", "lidar
 class StreetTask:
     """Which of six classes covers each 0.4 m cell of the ground ahead of the car."""
 
-    branches = {"camera": ["camera"], "lidar": ["lidar"]}  # noqa: RUF012
-    metrics = {"miou": "max", **{f"iou_{name}": "max" for name in world.CLASSES}}  # noqa: RUF012
-    keep = ["head.out"]  # noqa: RUF012
-    inputs_by_modality = {"camera": ["image"], "lidar": ["points", "cells"]}  # noqa: RUF012
+    branches = {"camera": ["camera"], "lidar": ["lidar"]}
+    metrics = {"miou": "max", **{f"iou_{name}": "max" for name in world.CLASSES}}
+    keep = ["head.out"]
+    inputs_by_modality = {"camera": ["image"], "lidar": ["points", "cells"]}
     failures = FAILURES
     batch_size, dead_share, samples = BATCH, DEAD, SAMPLES
 

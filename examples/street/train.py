@@ -121,10 +121,19 @@ def pretrain(task: Any, modality: str, steps: int, precision: str, keep: Path | 
     return model
 
 
+def _command(options: argparse.Namespace) -> str:
+    """What shapes the result, without where it is written."""
+    steps = " ".join(str(count) for count in options.steps)
+    return (
+        f"python examples/street/train.py --steps {steps} --seed {options.seed} --threads {options.threads} "
+        f"--precision {options.precision}"
+    )
+
+
 def main(arguments: list[str]) -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=3, default=(1000, 800, 2600), metavar=("CAMERA", "LIDAR", "FUSION"))
+    parser.add_argument("--steps", type=int, nargs=3, default=(700, 500, 1700), metavar=("CAMERA", "LIDAR", "FUSION"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the training arithmetic")
@@ -150,7 +159,7 @@ def main(arguments: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     _save(model, options.out / "street.safetensors")
     record = {
-        "command": "python examples/street/train.py " + " ".join(arguments),
+        "command": _command(options),
         "seed": options.seed,
         "steps": dict(zip((*MODALITIES, "fusion"), options.steps, strict=True)),
         "batch": task.batch_size,
