@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import RecipeError, StageError, StoreError
+from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.graph.plan import Group, Member
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.channels import Aggregation, ChannelScorer, channel_rows, gate_members
@@ -84,6 +85,23 @@ def test_gate_scores_are_the_derivative_of_a_real_gate(key: str, training: bool)
     expected = explicit_gate(toy, GATED[key], group.width, toy.task.user.data[0])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
     assert bool((found.abs() > 1e-9).any())
+
+
+def test_groups_that_are_found_are_scored_as_one_gate_across_both_branches() -> None:
+    toy = ConvToy()
+    batch = toy.task.user.data[0]
+    graph = find_groups(toy.model, batch.inputs, toy.task.branches, ["head"])
+    shared = next(group for group in graph.groups if len(group.producers) == 4)  # the branches' features are added
+    assert shared.branch == "fusion"
+    toy.model.eval()
+    backward(toy)
+    found = ChannelScorer(toy.model, graph.groups, "gate").signed(product_of(toy.model), shared.id)
+    norms = [f"{branch}.{norm}" for branch in toy.modalities for norm in ("stem_norm", "norm2")]
+    torch.testing.assert_close(found, explicit_gate(toy, norms, shared.width, batch), rtol=1e-9, atol=1e-13)
+    result = score_channels(toy.model, toy.task, graph, FAST, seed=0)
+    assert {key: len(vector) for key, vector in result.channel.items()} == graph.widths
+    sums = {name: branch["sum"] for name, branch in result.log["branches"].items()}
+    assert sums == pytest.approx({"camera": 0.0, "lidar": 0.0, "fusion": 0.0}, abs=1e-12)
 
 
 def test_the_literal_score_vanishes_before_a_batchnorm_in_training_mode_only() -> None:

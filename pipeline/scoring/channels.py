@@ -140,6 +140,9 @@ def gate_members(model: nn.Module, members: Sequence[Member]) -> list[Member]:
     norms side by side (a residual stream, readers of a pre-activation stream) all count. Producers count where no norm
     follows them. PReLU slopes are no gate.
 
+    Roles do not tell everything: a channel that is multiplied (squeeze-excitation) counts as if it were added, and a
+    norm on a stream whose addends have norms too counts beside them. Both can overstate a group.
+
     Args:
         model: the network.
         members: producers and norms of one group that are parameters (others are ignored), in registration order.
@@ -156,9 +159,8 @@ def gate_members(model: nn.Module, members: Sequence[Member]) -> list[Member]:
     producers = [module for module, _ in segments if module is not None]
     gates = [gate for _, behind in segments for gate in behind]
     counted = set(gates)
-    if len(gates) < len(
-        producers
-    ):  # else an empty segment only means that the norms are registered after the producers
+    # with enough gates, an empty segment only means that the norms are registered after their producers
+    if len(gates) < len(producers):
         counted |= {module for module, behind in segments if module is not None and not behind}
     return [m for m in members if m.role != "consumer" and _module_of(m.param) in counted]
 
