@@ -14,7 +14,9 @@ from fusepress.pipeline.graph.apply import apply_plan, architecture_sha256, gate
 from fusepress.pipeline.graph.dependence import Forward, hash_seed
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 
-REMOVED = 0.25  # share of a group's channels that the test removes
+# Shares of a group's channels that the test removes. Neighbours lose different numbers, and every group different ones
+# in the two rounds: halves that the code cuts with chunk(2) would pass if they lost the same.
+REMOVED = ((0.15, 0.4, 0.25), (0.4, 0.2, 0.3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +54,15 @@ class Checker:
         return found
 
     def _test(self, groups: Sequence[Group]) -> str | None:
-        self.tick()
-        graph = GroupGraph(groups=tuple(groups), frozen=(), arch_sha256=architecture_sha256(self.model))
-        plan = graph.plan({group.id: sample_kept(group) for group in groups})
         overlap = _overlap(groups)
         if overlap is not None:
             return overlap
+        return next((why for shares in REMOVED if (why := self._round(groups, shares)) is not None), None)
+
+    def _round(self, groups: Sequence[Group], shares: Sequence[float]) -> str | None:
+        self.tick()
+        graph = GroupGraph(groups=tuple(groups), frozen=(), arch_sha256=architecture_sha256(self.model))
+        plan = graph.plan({g.id: sample_kept(g, shares[k % len(shares)]) for k, g in enumerate(groups)})
         try:
             pruned = apply_plan(copy.deepcopy(self.model), plan)
             got = self.forward(pruned, self.inputs)
@@ -74,7 +79,7 @@ class Checker:
         return f"removing channels changes the other channels (relative {gap:.1e})"
 
 
-def sample_kept(group: Group, share: float = REMOVED) -> list[int]:
+def sample_kept(group: Group, share: float) -> list[int]:
     """Channels that a trial keeps: a random share goes, equally in every part, the same ones every time."""
     draw = random.Random(hash_seed(group.id))  # noqa: S311 - repeatable, not secret
     part = group.width // group.multiple
@@ -110,6 +115,6 @@ def relative_gap(got: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not bool(finite.any()):
         return 0.0
-    difference = (got - expected)[finite].abs().max()
-    scale = expected[finite].abs().max().clamp_min(1e-30)
+    difference = (got - expected).detach()[finite].abs().max()
+    scale = expected.detach()[finite].abs().max().clamp_min(1e-30)
     return float(difference / scale)

@@ -182,6 +182,10 @@ class CostModel(CostTable):
         coef = np.zeros((len(parameters), axes, columns), dtype=np.int64)
         rest = np.ones(len(parameters), dtype=np.int64)
         positions = np.zeros(len(parameters), dtype=np.int64)
+        counted: dict[int, int] = {}
+        for name, call in calls.items():
+            weight = model.get_submodule(name)._parameters.get("weight")
+            counted[id(weight)] = counted.get(id(weight), 0) + call.positions  # tied weights work in several layers
         for row, (name, parameter) in enumerate(parameters.items()):
             axis = 0
             for dim, size in enumerate(parameter.shape):
@@ -193,9 +197,7 @@ class CostModel(CostTable):
                     coef[row, axis, column] += member.stride
                     fixed[row, axis] -= member.stride * graph.groups[column].width
                 axis += 1
-            module, _, key = name.rpartition(".")
-            if key == "weight" and module in calls:
-                positions[row] = calls[module].positions
+            positions[row] = counted.get(id(parameter), 0)
         branches = {branch: list(paths) for branch, paths in graph.branches.items()}
         super().__init__(
             ids=tuple(group.id for group in graph.groups),

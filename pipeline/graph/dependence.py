@@ -22,7 +22,7 @@ from fusepress.pipeline.graph.ports import Kind, Links, Port, Slot, channel_dim,
 MAX_SOURCES = 16  # channels that may merge into one index (pixel shuffle by 4); more is mixing
 MAX_SINGLE = 4096  # channels that are told apart one by one
 OUT_OF_TIME = "out of time"
-MIXED = "an operation without weights mixes its channels"
+MIXED = "an operation outside the standard layers mixes its channels"
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], list[Tensor]]
 

@@ -151,7 +151,9 @@ def _probe(
 ) -> tuple[Bench, Links]:
     """The numeric finder, in float32: it compares for equality, so that more digits would say no more."""
     _working_type(model, example_inputs, (torch.float32,))
+    threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(1)  # hundreds of passes of tiny operations: waking threads would cost more than it saves
         inputs = _inputs_for(model, example_inputs, torch.float32, samples=1)
         bench = set_up(_copy(model, torch.float32), inputs, run_flat, deadline)
         for port in bench.ports.values():
@@ -165,6 +167,8 @@ def _probe(
             f"expected a repeatable forward pass in evaluation mode; got: {error}, at {type(model).__name__}; "
             "seed or remove what is random in forward()"
         ) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -323,7 +327,7 @@ def _frozen(model: nn.Module, bench: Bench, groups: list[Group], reasons: dict[s
                 why = reasons.get(name, "its channels are in no group that could be tested")
                 found.append(Frozen(module=name, reason=why if left == port.size else f"{left} channels: {why}"))
         elif name not in bench.kinds and not any(f"{name}.{key}".lstrip(".") in members for key in own):
-            found.append(Frozen(module=name, reason=_opaque(module)))
+            found.append(Frozen(module=name or type(model).__name__, reason=_opaque(module)))
     return tuple(found)
 
 

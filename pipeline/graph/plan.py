@@ -111,7 +111,7 @@ class GroupGraph:
         """A plan that keeps these channels; groups left out, or kept whole, are not in it.
 
         Raises:
-            StageError: an unknown group, or channels out of range, repeated or not in the group's multiple.
+            StageError: an unknown group, or channels out of range, repeated, or not equally from the group's parts.
         """
         unknown = sorted(set(kept) - set(self.widths))
         if unknown:
@@ -123,6 +123,11 @@ class GroupGraph:
             if len(channels) % group.multiple:
                 raise StageError(
                     f"expected a multiple of {group.multiple} kept channels; got {len(channels)} at {group.id}"
+                )
+            part = group.width // group.multiple
+            if len({sum(c // part == k for c in channels) for k in range(group.multiple)}) > 1:
+                raise StageError(
+                    f"expected equal numbers from each of the {group.multiple} parts; got {channels} at {group.id}"
                 )
             if len(channels) < group.width:
                 planned.append(
