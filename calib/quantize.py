@@ -192,7 +192,7 @@ def excluded_nodes(proto: Any, exclude: Sequence[str], path: Path) -> set[str]:
     for name in names:
         parts = name.rpartition("/")[0].split(".")
         known |= {".".join(parts[: i + 1]) for i in range(len(parts))}
-    require_known(exclude, known - {""}, "node or module", path)
+    require_known(exclude, known - {""}, "nodes or modules", path)
     return {
         name for name in names for wanted in exclude if name == wanted or name.startswith((f"{wanted}/", f"{wanted}."))
     }

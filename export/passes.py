@@ -58,14 +58,15 @@ def slim(
     try:
         save_onnx(slimmed, candidate)
         before, after = OnnxSession(path_in, 1), OnnxSession(candidate, 1)
-        parity = check_parity(before, after, batches if batches is not None else [_made_up(before)])
+        parity = check_parity(before, after, batches if batches is not None else [made_up_batch(before)])
         require_parity(parity, max_rel, what="the simplified model")
         return save_onnx(slimmed, path_out)
     finally:
         candidate.unlink(missing_ok=True)
 
 
-def _made_up(session: OnnxSession) -> Batch:
+def made_up_batch(session: OnnxSession) -> Batch:
+    """One sample of the graph's own shapes: noise, and zeros for indices."""
     import torch
 
     noise = np.random.default_rng(0)

@@ -75,8 +75,8 @@ def convert_fp16(
     """
     proto = load_onnx(onnx_in)
     known_nodes, known_ops = {n.name for n in proto.graph.node}, {n.op_type for n in proto.graph.node}
-    require_known(keep_fp32_nodes, known_nodes, "node", onnx_in)
-    require_known(keep_fp32_ops, known_ops, "operator", onnx_in)
+    require_known(keep_fp32_nodes, known_nodes, "nodes", onnx_in)
+    require_known(keep_fp32_ops, known_ops, "operators", onnx_in)
     onnx_out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
         folder = Path(name)
@@ -118,7 +118,7 @@ def require_known(names: Sequence[str], known: set[str], kind: str, path: Path) 
     unknown = [name for name in names if name not in known]
     if unknown:
         raise QuantizeError(
-            f"expected names of {kind}s of the model; got {unknown} at {path}; it has for example {sorted(known)[:8]}"
+            f"expected names of {kind} of the model; got {unknown} at {path}; it has for example {sorted(known)[:8]}"
         )
 
 
