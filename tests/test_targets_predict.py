@@ -374,6 +374,18 @@ def test_intervals_widen_from_known_device_to_sibling_to_unseen_architecture() -
     assert known < sibling < unseen
 
 
+def test_where_launches_are_all_the_interval_spans_half_to_twice_a_launch() -> None:
+    b = Builder(1, 8, 8, 8)
+    y = "x"
+    for _ in range(20):
+        y = b.add("MaxPool", y, kernel_shape=[3, 3], pads=[1] * 4)
+    prediction = predict_network(b.network(y), ORIN, "fp16")
+    launches_ms = 20 * SETS["orin"].constants.launch_cycles / (ORIN.mode().gpu_mhz * 1e3)
+    assert launches_ms > 0.95 * prediction.latency_ms
+    assert prediction.high_ms >= prediction.latency_ms + launches_ms
+    assert prediction.low_ms <= prediction.latency_ms - launches_ms / 2
+
+
 def test_time_in_operators_that_no_fitted_network_has_extrapolates() -> None:
     b = Builder(1, 64, 160, 160)
     y = b.conv("x", 64, 64)
