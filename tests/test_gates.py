@@ -182,6 +182,17 @@ def test_many_clusters_give_the_plain_percentiles() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=2e-3)
 
 
+def test_the_interval_is_as_wide_as_its_source_says() -> None:
+    """Five clusters: t(0.975, 4) = 2.776445 times the standard error times sqrt(5 / 4)."""
+    drawn = np.random.default_rng(0).normal(size=20_001)
+    few, many = interval(0.0, drawn, 5), interval(0.0, drawn, 20)
+    assert few is not None
+    assert many is not None
+    assert few.high == pytest.approx(2.776445 * float(np.std(drawn)) * math.sqrt(5 / 4), rel=1e-6)
+    # t(0.975, 19) = 2.093024, times sqrt(20 / 19) = 2.147397, of which the normal tail is 0.015881
+    assert (many.low, many.high) == pytest.approx(tuple(np.quantile(drawn, [0.015881, 1 - 0.015881])), abs=1e-4)
+
+
 def test_fewer_clusters_give_a_wider_interval() -> None:
     drawn = np.random.default_rng(0).normal(size=4001)
     widths = [found.high - found.low for k in (2, 5, 9, 10, 30, 1000) if (found := interval(0.0, drawn, k))]

@@ -579,6 +579,24 @@ def test_a_measured_latency_is_never_divided_by_a_predicted_one() -> None:
     assert (tile.before, tile.change, tile.after.kind) == (None, "", "measured")
 
 
+def test_the_dense_latency_timed_beside_counts_only_when_of_the_same_kind() -> None:
+    record = measured_record()
+    beside = next(m for m in record.stages[-1].measurements if m.name == "latency.dense.mean_ms")
+    beside.kind = "predicted"
+    tile = {tile.label: tile for tile in view.tiles(record)}["mean latency"]
+    assert tile.before is not None
+    assert (tile.before.text, tile.before.kind) == ("79.0 ms", "measured")
+
+
+def test_a_stage_with_both_kinds_shows_the_measured_latency() -> None:
+    record = SAMPLES["pass"]()
+    verify = record.stages[-1]
+    verify.measurements.insert(0, Measurement(name="latency.mean_ms", value=3.3, kind="measured", device=TARGET))
+    found = view.of_stage(record, verify, "latency.mean_ms")
+    assert found is not None
+    assert (found.value, found.kind) == (3.3, "measured")
+
+
 def test_a_latency_of_another_device_is_not_shown_as_the_targets() -> None:
     record = SAMPLES["pass"]()
     verify = record.stages[-1]
