@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from fusepress.pipeline.graph.plan import Member, PlannedGroup, PrunePlan
 from tests import graph_models as zoo
 
 INPUTS = {"x": zoo.image()}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pruned(model: nn.Module, share: float = 0.5, inputs: dict[str, Tensor] | None = None) -> PrunePlan:

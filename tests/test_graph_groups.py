@@ -303,7 +303,7 @@ def test_wrong_inputs_are_a_clear_error() -> None:
 
 def test_a_model_that_cannot_be_copied_is_a_clear_error() -> None:
     model = zoo.Residual()
-    model.cache = model.stem(zoo.image())  # type: ignore[assignment]  # a computed tensor with a graph behind it
+    model.cache = model.stem(zoo.image())  # a computed tensor with a graph behind it
     with pytest.raises(TraceError, match=r"copy\.deepcopy"):
         find_groups(model, plain(), {})
 
