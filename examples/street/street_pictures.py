@@ -48,8 +48,8 @@ def draw(
         "camera": _enlarge(pixels, 5),
         "lidar": _bird_view(xyz[real]),
         "truth": _cells(PALETTE[truth]),
-        "dense": _cells(_dimmed(PALETTE[dense], unknown)),
-        "compressed": _cells(_dimmed(PALETTE[compressed], unknown)),
+        "dense": _cells(_known(PALETTE[dense], unknown)),
+        "compressed": _cells(_known(PALETTE[compressed], unknown)),
         "difference": _cells(_difference(truth, dense, compressed)),
     }
 
@@ -63,15 +63,17 @@ def _cells(cells: Picture) -> Picture:
     return _enlarge(np.ascontiguousarray(cells[::-1, ::-1]), _SCALE)
 
 
-def _dimmed(cells: Picture, unknown: NDArray[np.bool_]) -> Picture:
-    dimmed = cells.copy()
-    dimmed[unknown] = dimmed[unknown] // 4
-    return dimmed
+def _known(cells: Picture, unknown: NDArray[np.bool_]) -> Picture:
+    """Answers where there is a truth to compare with; elsewhere they count for nothing and would only distract."""
+    shown = cells.copy()
+    shown[unknown] = PALETTE[world.IGNORE]
+    return shown
 
 
 def _difference(truth: NDArray[np.int64], dense: NDArray[np.int64], compressed: NDArray[np.int64]) -> Picture:
     """Grey where the answers agree, green where compression mends a mistake, red where it makes one, else amber."""
     cells = PALETTE[dense] // 3
+    cells[truth == world.IGNORE] = PALETTE[world.IGNORE]
     differ = (dense != compressed) & (truth != world.IGNORE)
     cells[differ] = [245, 160, 30]
     cells[differ & (compressed == truth)] = [60, 200, 90]
@@ -80,8 +82,8 @@ def _difference(truth: NDArray[np.int64], dense: NDArray[np.int64], compressed: 
 
 
 def _bird_view(points: NDArray[np.float32]) -> Picture:
-    """Points from above at four times the BEV resolution, coloured by height from blue (road) to yellow."""
-    times = 4
+    """Points from above at twice the BEV resolution, coloured by height from blue (road) to yellow."""
+    times = 2
     size = world.BEV_SIZE * times
     canvas = np.full((size, size, 3), 18, np.uint8)
     place = np.floor((points[:, :2] - [world.BEV_X, world.BEV_Y]) / world.CELL * times).astype(np.int64)
