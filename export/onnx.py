@@ -33,7 +33,7 @@ IR_VERSION = {17: 8, 18: 8, 19: 9, 20: 9}  # onnx/docs/Versioning.md; older pars
 # messages of libraries about themselves, that a user can do nothing about
 _NOISE = re.compile(
     r"isinstance\(treespec, LeafSpec\)|torchvision is not installed|lower version than we have implementations"
-    r"|version converter|LeafSpec|is deprecated"
+    r"|version converter"
 )
 _NOISY_LOGGERS = frozenset({"torch", "onnxscript", "onnx_ir"})
 _REDUCTIONS = frozenset(

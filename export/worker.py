@@ -25,7 +25,7 @@ class Outcome:
     Attributes:
         code: its exit status; negative for a signal, None when it ran past the limit.
         seconds: how long it ran.
-        tail: the last lines that it wrote.
+        tail: the last lines that it wrote, or what it raised.
     """
 
     code: int | None
@@ -100,6 +100,10 @@ def answer(job: Mapping[str, Any], result: Mapping[str, Any]) -> None:
 
 
 def tail_of(log: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log file."""
+    """The last lines of a log file; of one that ends in a traceback, what was raised."""
     text = log.read_text(errors="replace") if log.exists() else ""
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+    kept = [line for line in text.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in kept:  # what was raised, not where in a third party's code
+        indented = [i for i, line in enumerate(kept) if line.startswith("  ")]
+        kept = kept[indented[-1] + 1 :]
+    return "\n".join(kept[-lines:])

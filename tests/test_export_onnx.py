@@ -114,7 +114,8 @@ def test_a_warning_of_the_model_is_kept_and_not_raised(tmp_path: Path) -> None:
 
 class _Singular(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.svdvals(x)
+        values: Tensor = torch.linalg.svdvals(x)
+        return values
 
 
 class _Outer(nn.Module):
