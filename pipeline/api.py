@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.task import LoadedTask
 
 RECIPE_JSON = "recipe.json"
+HOST = "host-cpu"
 REPORT_FILES = ("report.html", "junit.xml", "summary.md")
 ENVIRONMENT_TOOLS = (
     "torch",
@@ -401,7 +402,7 @@ def measure(what: str | Path, *, budgets: Sequence[str] = (), seconds: float = 1
         return _measure_run(path, limits, seconds)
     if path.suffix != ".onnx" or not path.is_file():
         raise UsageError(f"expected a run folder or an ONNX file; got {path}; name one of the two")
-    measurements, environment = measure_onnx(path, "host-cpu", None, seconds)
+    measurements, environment = measure_onnx(path, HOST, None, None, seconds)
     return Measured(measurements=measurements, verdicts=budget_verdicts(measurements, limits), environment=environment)
 
 
@@ -412,12 +413,13 @@ def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Meas
     if "onnx" not in record.artifacts or record.stage("verify") is None:
         raise StoreError(f"expected a finished run; got one without an ONNX artifact at {folder}; run compress again")
     precision = record.target_profile.get("precision")
-    measurements, environment = measure_onnx(folder / record.artifacts["onnx"].path, "host-cpu", precision, seconds)
+    mode = record.target_profile.get("power_mode") if record.target == HOST else None
+    measurements, environment = measure_onnx(folder / record.artifacts["onnx"].path, HOST, mode, precision, seconds)
     verify = record.stage("verify")
     assert verify is not None
     names = {m.name for m in measurements}
     verify.measurements = [
-        m for m in verify.measurements if not (m.name in names and m.device == "host-cpu" and m.kind == "measured")
+        m for m in verify.measurements if not (m.name in names and m.device == HOST and m.kind == "measured")
     ] + measurements
     judge_run(record, folder, run_recipe(folder).gates)
     write_reports(folder)

@@ -35,16 +35,19 @@ def parse_budgets(budgets: Sequence[str]) -> dict[str, float]:
 
 
 def measure_onnx(
-    path: Path, device: str, precision: str | None, seconds: float
+    path: Path, device: str, power_mode: str | None, precision: str | None, seconds: float
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """Latency of an ONNX file on ONNX Runtime CPU with random inputs of its own shapes, batch as in the file."""
+    """Latency of an ONNX file on ONNX Runtime CPU with made-up inputs of its own shapes, batch as in the file."""
+    from fusepress.export.passes import made_up_batch
     from fusepress.export.runtime import OnnxSession
     from fusepress.pipeline.stages.common import latency_result
     from fusepress.targets.measure import measure_latency
 
     session = OnnxSession(path)
-    result = measure_latency(session.timed_callable(session.random_inputs(seed=0)), max_seconds=seconds)
-    rows = latency_result(result, device=device, precision=precision, artifact_sha256=sha256_file(path))
+    result = measure_latency(session.timed_callable(made_up_batch(session).inputs), max_seconds=seconds)
+    rows = latency_result(
+        result, device=device, power_mode=power_mode, precision=precision, artifact_sha256=sha256_file(path)
+    )
     return rows, dict(result.environment)
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from fusepress.pipeline.errors import FusepressError, StageError, UsageError
 from fusepress.pipeline.evidence import RUN_JSON, Artifact, Measurement, RunRecord, StageRecord
-from fusepress.pipeline.stages.base import Context, Stage, StageOutput
+from fusepress.pipeline.stages.base import Context, Stage, StageOutput, tool_versions
 from fusepress.pipeline.store import (
     Entry,
+    KeyParts,
     Store,
     atomic_write_text,
     content_key,
@@ -107,11 +108,40 @@ def _one_stage(
                 entry = _make(ctx, stage, store, key, label)
             place(entry, folder / stage.name)
         _adopt(ctx, record, entry_of, entry, folder / stage.name)
-        entry_of.status = "cached" if cached else "done"
+        timed = _assess(ctx, stage, entry_of, store, key, force=force)
+        entry_of.status = "cached" if cached and not timed else "done"
         entry_of.seconds = entry.payload["seconds"]
         save_record(record, folder)
     ctx.reporter.line(f"{label} {stage.name:<9} {entry_of.status:<7} {_headline(entry_of)}")
-    return not cached
+    return entry_of.status == "done"
+
+
+def _assess(ctx: Context, stage: Stage, record: StageRecord, store: Store, key: str, *, force: bool) -> bool:
+    """Add the stage's latency on the target, stored or made now; returns whether it was made now."""
+    parts = KeyParts(
+        stage=f"{stage.name}.latency",
+        version=stage.version,
+        config={"target": ctx.target_identity(), "precision": ctx.precision},
+        inputs={"stage": key},
+        tools=tool_versions("onnx", "onnxruntime-gpu", "fusepress"),
+    )
+    latency_key = content_key(parts)
+    entry = None if force else store.get(latency_key, ctx.reporter.warn)
+    made = entry is None
+    if entry is None:
+        aside = store.root / f"aside-{uuid.uuid4().hex[:12]}"
+        work = store.work_folder(latency_key)
+        try:
+            rows = stage.assess(ctx, work)
+            aside.mkdir(parents=True)
+            entry = store.commit(latency_key, aside, _payload(StageOutput(measurements=rows)))
+        except OSError as error:
+            raise disk_error(error, aside) from error
+        finally:
+            store.discard_work(latency_key)
+            shutil.rmtree(aside, ignore_errors=True)
+    record.measurements += [Measurement.model_validate(m) for m in entry.payload["measurements"]]
+    return made and bool(record.measurements)
 
 
 def _make(ctx: Context, stage: Stage, store: Store, key: str, label: str) -> Entry:

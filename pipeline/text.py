@@ -62,8 +62,7 @@ def _first_sentence(why: str) -> str:
 def measured_lines(measured: Measured) -> list[str]:
     """Latency on this host, and the verdicts of the budgets."""
     lines = [_measurement_line(m) for m in measured.measurements]
-    for verdict in measured.verdicts:
-        lines.append(f"{verdict.verdict:<13}{verdict.gate} limit {_number(verdict.limit)} ms: {verdict.why}")
+    lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]
     if measured.record is not None:
         lines.append(f"added to the run; its verdict is {measured.record.verdict}")
     return lines

@@ -30,6 +30,7 @@ class WriteStage:
     version: int = 1
     skipped: str | None = None
     calls: list[Path] = field(default_factory=list)
+    timed: int = 0
     trouble: Callable[[Path], None] | None = None
 
     def skip(self, ctx: Context) -> str | None:
@@ -48,9 +49,16 @@ class WriteStage:
         rows = [Measurement(name="accuracy.words", value=float(len(before + self.word)), kind="measured")]
         return StageOutput(measurements=rows, artifacts={f"text_{self.name}": "text.txt"})
 
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        if ctx.target_identity()["name"] == "untimed":
+            return []
+        self.timed += 1
+        return [Measurement(name="latency.mean_ms", value=1.0, unit="ms", kind="measured")]
 
-def _context() -> Context:
-    fields: dict[str, Any] = {"artifacts": {}, "shas": {}, "reporter": Reporter(quiet=True)}
+
+def _context(target: str = "untimed") -> Context:
+    fields: dict[str, Any] = {"artifacts": {}, "shas": {}, "reporter": Reporter(quiet=True), "precision": "fp16"}
+    fields["target_identity"] = lambda: {"name": target}
     context = SimpleNamespace(**fields)
 
     def add_artifact(name: str, path: Path, sha256: str) -> None:
@@ -77,9 +85,9 @@ def _stages(first: str = "one ", second: str = "two") -> list[WriteStage]:
     return [WriteStage("first", first), WriteStage("second", second, reads="text_first")]
 
 
-def _run(folder: Path, stages: list[WriteStage], **options: Any) -> tuple[RunRecord, bool]:
+def _run(folder: Path, stages: list[WriteStage], target: str = "untimed", **options: Any) -> tuple[RunRecord, bool]:
     record = _record()
-    worked = run_stages(_context(), stages, record, folder, **options)
+    worked = run_stages(_context(target), stages, record, folder, **options)
     return record, worked
 
 
@@ -213,3 +221,17 @@ def test_run_json_is_schema_1(tmp_path: Path) -> None:
     assert raw["schema"] == 1
     assert {"name", "target", "recipe_sha256", "task_sha256", "checkpoint_sha256", "seed", "stages"} <= set(raw)
     assert {"name", "status", "seconds", "key", "measurements"} <= set(raw["stages"][0])
+
+
+def test_another_target_shares_the_work_and_has_its_own_latency(tmp_path: Path) -> None:
+    _run(tmp_path / "a", _stages(), target="one")
+    other = _stages()
+    record, worked = _run(tmp_path / "b", other, target="two")
+    assert worked
+    assert not any(stage.calls for stage in other)
+    assert [stage.timed for stage in other] == [1, 1]
+    assert [m.name for m in record.stages[0].measurements] == ["accuracy.words", "latency.mean_ms"]
+    again = _stages()
+    _, worked = _run(tmp_path / "b", again, target="two")
+    assert not worked
+    assert [stage.timed for stage in again] == [0, 0]

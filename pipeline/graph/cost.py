@@ -259,14 +259,14 @@ def _count(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> tuple[dict
     hooks = []
 
     def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             call = calls.setdefault(name, _Calls())
             call.out_shape = tuple(output.shape)
             kind = kind_of(module)
             if kind in ("norm", "embedding", None):
                 return
             if isinstance(module, TRANSPOSED):
-                call.positions += inputs[0].numel() // module.in_channels
+                call.positions += (inputs[0] if inputs else named["input"]).numel() // module.in_channels
             else:
                 call.positions += output.numel() // int(module.get_parameter("weight").shape[0])
 
@@ -281,7 +281,7 @@ def _count(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> tuple[dict
         torch.backends.mha.set_fastpath_enabled(False)
         for name, module in model.named_modules():
             if kind_of(module) is not None:
-                hooks.append(module.register_forward_hook(hook_for(name)))
+                hooks.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
         with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
             model(**inputs)
     finally:

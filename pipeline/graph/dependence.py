@@ -118,11 +118,7 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 
 
 def set_up(model: nn.Module, inputs: dict[str, Tensor], forward: Forward, deadline: float) -> Bench:
-    """Prepare a bench on `model`, which must be a private copy in evaluation mode.
-
-    Raises:
-        TraceError: the forward pass is not repeatable.
-    """
+    """List the ports of `model`, which must be a private copy in evaluation mode."""
     bench = Bench(model=model, inputs=inputs, forward=forward, deadline=deadline)
     used = _called(model, inputs, forward)
     shared = _shared_tensors(model)
@@ -142,6 +138,17 @@ def set_up(model: nn.Module, inputs: dict[str, Tensor], forward: Forward, deadli
             for port in tensor_ports(name, tensor):
                 bench.ports[port.name] = port
                 bench.loose[port.name] = tensor
+    return bench
+
+
+def start(bench: Bench) -> None:
+    """Replace the layers' forwards and record the undisturbed pass.
+
+    Raises:
+        TraceError: the forward pass is not repeatable.
+    """
+    model = bench.model
+    owned = {axis.param for port in bench.ports.values() if port.name not in bench.loose for axis in port.axes}
     _prepare_tensors(bench, {name for name, _ in model.named_parameters()} - owned)
     for name, kind in bench.kinds.items():
         module = model.get_submodule(name)
@@ -150,7 +157,6 @@ def set_up(model: nn.Module, inputs: dict[str, Tensor], forward: Forward, deadli
     bench.recording = False
     if bench.run() or any(bool(hit.any()) for hit in bench.changed.values()):
         raise TraceError("two passes over the same input differ")
-    return bench
 
 
 def _called(model: nn.Module, inputs: dict[str, Tensor], forward: Forward) -> set[str]:
@@ -198,7 +204,8 @@ def _replacement(bench: Bench, name: str, module: nn.Module, kind: Kind) -> Call
     real = module.forward
     port = f"norm:{name}" if kind in ("norm", "depthwise") else f"in:{name}"
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else kwargs["input"]
         call = bench.calls.get(name, 0)
         bench.calls[name] = call + 1
         if kind != "embedding":
@@ -206,11 +213,11 @@ def _replacement(bench: Bench, name: str, module: nn.Module, kind: Kind) -> Call
         if kind == "norm":
             return x.clone()
         if kind == "depthwise":
-            out: Tensor = real(x, *args, **kwargs)
+            out: Tensor = real(*args, **kwargs)
             return out
         key = (name, tuple(x.shape))
         if key not in bench.shapes:
-            bench.shapes[key] = tuple(real(x, *args, **kwargs).shape)
+            bench.shapes[key] = tuple(real(*args, **kwargs).shape)
         shape = bench.shapes[key]
         like = x if x.is_floating_point() else next(module.parameters())
         return bench.fixed(name, call, shape, like, _out_dim(module, shape))

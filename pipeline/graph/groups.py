@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.errors import TaskError, TraceError
 from fusepress.pipeline.graph.apply import architecture_sha256
 from fusepress.pipeline.graph.check import Checker
-from fusepress.pipeline.graph.dependence import OUT_OF_TIME, Bench, find_links, hash_seed, set_up
+from fusepress.pipeline.graph.dependence import OUT_OF_TIME, Bench, find_links, hash_seed, set_up, start
 from fusepress.pipeline.graph.plan import Frozen, Group, GroupGraph
 from fusepress.pipeline.graph.ports import Links, Port, assemble, inside, kind_of
 from fusepress.pipeline.graph.trace import trace_links
@@ -159,7 +159,19 @@ def _probe(
         for port in bench.ports.values():
             if port.name.startswith("out:") and any(inside(port.module, path) for path in keep):
                 port.frozen = port.frozen or "kept by the task or the recipe"
-        return bench, find_links(bench)
+        try:
+            start(bench)
+            return bench, find_links(bench)
+        except TraceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's forward may raise anything on unusual values
+            first = (str(error).strip().splitlines() or [""])[0][:120]
+            links = Links()
+            for port in bench.ports.values():
+                links.freeze_port(
+                    port, port.frozen or f"the forward pass fails on other values ({type(error).__name__}: {first})"
+                )
+            return bench, links
     except TraceError as error:
         if str(error) == OUT_OF_TIME:
             raise TraceError(late) from None

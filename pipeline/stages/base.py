@@ -105,6 +105,22 @@ class Stage(Protocol):
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write the outputs into `out`; `work` survives a killed process."""
 
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Latency of what the stage made, on the target; kept apart, so that targets share the stage's work.
+
+        Args:
+            ctx: with the stage's artifacts.
+            folder: a scratch folder.
+        """
+
+
+class NoLatency:
+    """For stages that make no model: there is nothing to time."""
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Nothing."""
+        return []
+
 
 def tool_versions(*packages: str) -> dict[str, str]:
     """Installed versions of the tools that shape a stage's bytes."""

@@ -32,7 +32,8 @@ class Baseline:
             self,
             config={
                 "checkpoint": ctx.checkpoint_sha256,
-                "target": ctx.target_identity(),
+                "precision": common.stage_precision(ctx),
+                "opset": [ctx.profile.opset, ctx.profile.opset_scatternd],
                 "keep": sorted(ctx.recipe.prune.keep) if ctx.recipe.prune else [],
                 "seed": ctx.recipe.seed,
             },
@@ -58,7 +59,6 @@ class Baseline:
         measurements = [*accuracy, *common.cost_measurements(model, inputs)]
         ctx.reporter.update(0.6, "exporting the dense model")
         dense_onnx, details = self._export_dense(ctx, model, out, accuracy[0].value)
-        measurements += common.latency_measurements(ctx, dense_onnx, common.stage_precision(ctx))
         ctx.reporter.update(0.85, "finding coupled channels")
         artifacts = {
             "dense_weights": "dense.safetensors",
@@ -69,6 +69,10 @@ class Baseline:
             details["graph"] = self._groups(ctx, model, inputs, out)
             artifacts["groups"] = "groups.json"
         return StageOutput(measurements=measurements, details=details, artifacts=artifacts)
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the dense ONNX."""
+        return common.latency_measurements(ctx, ctx.artifacts["dense_onnx"], common.stage_precision(ctx))
 
     def _checkpoint(self, ctx: Context, work: Path) -> Path:
         if ctx.checkpoint is not None:
@@ -90,11 +94,10 @@ class Baseline:
 
     def _export_dense(self, ctx: Context, model: Any, out: Path, accuracy: float) -> tuple[Path, dict[str, Any]]:
         """The dense ONNX in the target's plain precision, with its own accuracy: it stays releasable."""
-        from fusepress.export.onnx import export_onnx
         from fusepress.export.runtime import OnnxSession
 
         fp32 = out / "dense.onnx"
-        export_onnx(model, common.example_inputs(ctx), common.output_names(ctx, model), fp32, opset=ctx.profile.opset)
+        common.export_for_target(ctx, model, fp32)
         final = fp32
         if common.stage_precision(ctx) == "fp16":
             from fusepress.export.precision import convert_fp16
@@ -145,6 +148,5 @@ class Baseline:
         measurements: list[Measurement] = common.accuracy_measurements(
             ctx, evaluation, runtime="onnxruntime-cpu", precision="fp32", artifact_sha256=sha
         )
-        measurements += common.latency_measurements(ctx, out / "dense.onnx", common.stage_precision(ctx))
         artifacts = {"dense_stats": "dense_stats.npz", "dense_onnx": "dense.onnx", "onnx": "dense.onnx"}
         return StageOutput(measurements=measurements, artifacts=artifacts)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts
 
 REFERENCE_SAMPLES = 2
 BUILD_TIMEOUT_S = 1200
 
 
-class Build:
+class Build(NoLatency):
     """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
 
     name = "build"
@@ -35,34 +35,29 @@ class Build:
         )
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
-        """Write model.engine or kit/."""
+        """Write model.engine, or kit/ for a device that must build for itself."""
         if ctx.profile.runtime == "tensorrt_rtx":
-            return self._engine(ctx, out)
+            from fusepress.export.engine import build_rtx_engine
+
+            assert ctx.profile.compute_capability is not None
+            ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
+            capabilities = [ctx.profile.compute_capability]
+            engine = out / "model.engine"
+            info = build_rtx_engine(
+                ctx.artifacts["onnx"], engine, compute_capabilities=capabilities, timeout_s=BUILD_TIMEOUT_S
+            )
+            note = "built ahead of time by TensorRT-RTX and not executed"
+            return StageOutput(
+                details={"engine": info.to_dict(), "executed": info.executed, "note": note},
+                artifacts={"engine": engine.name},
+            )
         return self._kit(ctx, out)
-
-    def _engine(self, ctx: Context, out: Path) -> StageOutput:
-        from fusepress.export.engine import build_rtx_engine
-
-        ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
-        info = build_rtx_engine(
-            ctx.artifacts["onnx"],
-            out / "model.engine",
-            compute_capabilities=[ctx.profile.compute_capability],
-            timeout_s=BUILD_TIMEOUT_S,
-        )
-        details: dict[str, Any] = {"engine": info.to_dict(), "executed": info.executed}
-        details["note"] = (
-            "built ahead of time by TensorRT-RTX and not executed: there is no GPU here"
-            if not info.executed
-            else "built and executed"
-        )
-        return StageOutput(details=details, artifacts={"engine": "model.engine"})
 
     def _kit(self, ctx: Context, out: Path) -> StageOutput:
         from fusepress.export.bundle import write_build_kit
-        from fusepress.export.runtime import OnnxSession
+        from fusepress.export.engine import why_no_tensorrt
 
-        session = OnnxSession(ctx.artifacts["onnx"]) if ctx.precision != "fp8" else None
+        session = common.onnx_session(ctx, ctx.artifacts["onnx"]) if ctx.precision != "fp8" else None
         references = []
         for batch in common.calib_batches(ctx, REFERENCE_SAMPLES):
             inputs = {name: value[:1] for name, value in batch.inputs.items()}
@@ -75,7 +70,8 @@ class Build:
             precision=ctx.precision,
             references=references,
             sparse="masks" in ctx.artifacts,
+            dense_onnx=ctx.artifacts.get("dense_onnx"),
         )
-        details = {"kit": kit.to_dict(), "executed": False}
+        details: dict[str, Any] = {"kit": kit.to_dict(), "executed": False, "tensorrt_here": why_no_tensorrt()}
         details["note"] = f"a build kit for {ctx.profile.name}: no engine was built; the device builds it with build.sh"
         return StageOutput(details=details, artifacts={"build_kit": "kit"})

@@ -18,6 +18,10 @@ from fusepress.pipeline.task import Batch, first_batch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fusepress.export.onnx import ExportInfo
+    from fusepress.export.runtime import OnnxSession
+    from fusepress.targets.measure import LatencyMeasurement
+
 STAGE_MEASURE_SECONDS = 2.0
 INTERVAL_REPLICATES = 400
 
@@ -137,10 +141,21 @@ def stage_precision(ctx: Context) -> str:
     return "fp32" if ctx.on_host else "fp16"
 
 
-def probe_latency(ctx: Context, model: nn.Module, folder: Path) -> list[Measurement]:
-    """Latency of a torch model on the target: from a quick ONNX of it."""
+def export_for_target(ctx: Context, model: nn.Module, path: Path) -> ExportInfo:
+    """Export in the opset that the target reads, which can depend on the operators."""
+    from fusepress.export.onnx import export_onnx
+
+    inputs, names = example_inputs(ctx), output_names(ctx, model)
+    info = export_onnx(model, inputs, names, path, opset=ctx.profile.opset)
+    opset = ctx.profile.opset_for(set(info.ops))
+    return info if opset == info.opset else export_onnx(model, inputs, names, path, opset=opset)
+
+
+def probe_latency(ctx: Context, folder: Path) -> list[Measurement]:
+    """Latency of the model as the stages so far have left it, on the target: from a quick ONNX of it."""
     from fusepress.pipeline.graph.probe import probe_onnx
 
+    model = current_model(ctx)
     path = folder / "probe.onnx"
     path.write_bytes(probe_onnx(model, example_inputs(ctx), output_names(ctx, model)))
     try:
@@ -187,18 +202,35 @@ def measured_latency(
     ctx: Context, onnx_path: Path, precision: str, *, artifact_sha256: str, seconds: float, prefix: str = "latency"
 ) -> list[Measurement]:
     """Latency of an ONNX file on this host, ONNX Runtime, batch 1."""
-    from fusepress.export.runtime import OnnxSession
     from fusepress.targets.measure import measure_latency
 
-    session = OnnxSession(onnx_path)
+    session = onnx_session(ctx, onnx_path)
     result = measure_latency(session.timed_callable(example_inputs(ctx)), max_seconds=seconds)
     return latency_result(
-        result, device=ctx.profile.name, precision=precision, artifact_sha256=artifact_sha256, prefix=prefix
+        result,
+        device=ctx.profile.name,
+        power_mode=ctx.power_mode,
+        precision=precision,
+        artifact_sha256=artifact_sha256,
+        prefix=prefix,
     )
 
 
+def onnx_session(ctx: Context, path: Path) -> OnnxSession:
+    """The ONNX file as its target computes it: with integer kernels only where ONNX Runtime CPU is the target."""
+    from fusepress.export.runtime import OnnxSession
+
+    return OnnxSession(path, integer_kernels=ctx.on_host)
+
+
 def latency_result(
-    result: Any, *, device: str, precision: str | None, artifact_sha256: str, prefix: str = "latency"
+    result: LatencyMeasurement,
+    *,
+    device: str,
+    power_mode: str | None,
+    precision: str | None,
+    artifact_sha256: str,
+    prefix: str = "latency",
 ) -> list[Measurement]:
     """A LatencyMeasurement as records."""
     note = None if result.stable else f"unstable: coefficient of variation {100 * result.cov:.1f} %"
@@ -217,6 +249,7 @@ def latency_result(
             unit="ms",
             kind="measured",
             device=device,
+            power_mode=power_mode,
             runtime="onnxruntime-cpu",
             precision=precision,
             artifact_sha256=artifact_sha256,

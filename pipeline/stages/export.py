@@ -7,6 +7,7 @@ from typing import Any
 
 from fusepress.pipeline.errors import ExportError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
@@ -27,11 +28,11 @@ class Export:
         return "the checkpoint is an ONNX file" if ctx.from_onnx else None
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The weights, the plan, the opset and the target."""
+        """The weights, the plan, and the opsets."""
         return key_parts(
             ctx,
             self,
-            config={"opset": ctx.profile.opset, "target": ctx.target_identity()},
+            config={"opset": [ctx.profile.opset, ctx.profile.opset_scatternd]},
             inputs=("dense_weights", "weights", "plan"),
             splits=("calib", "eval"),
             tools=("torch", "onnx", "onnxscript", "onnxslim", "onnxruntime-gpu"),
@@ -39,14 +40,12 @@ class Export:
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write model.onnx."""
-        from fusepress.export.onnx import export_onnx
         from fusepress.export.parity import check_parity, require_parity
         from fusepress.export.passes import slim
         from fusepress.export.runtime import OnnxSession
 
         model = common.current_model(ctx)
-        inputs = common.example_inputs(ctx)
-        export_onnx(model, inputs, common.output_names(ctx, model), work / "raw.onnx", opset=ctx.profile.opset)
+        exported = common.export_for_target(ctx, model, work / "raw.onnx")
         batches = common.calib_batches(ctx, PARITY_BATCHES)
         slim(work / "raw.onnx", out / "model.onnx", batches)
         session = OnnxSession(out / "model.onnx")
@@ -61,9 +60,9 @@ class Export:
             ctx, evaluation, runtime="onnxruntime-cpu", precision="fp32", artifact_sha256=sha
         )
         measurements += parity.measurements()
-        measurements += common.latency_measurements(ctx, out / "model.onnx", common.stage_precision(ctx))
         details: dict[str, Any] = {
-            "opset": ctx.profile.opset,
+            "opset": exported.opset,
+            "warnings": list(exported.warnings),
             "parity": parity.to_dict(),
             "parity_tolerance": PARITY_RELATIVE,
             "metric_tolerance": METRIC_TOLERANCE,
@@ -72,6 +71,10 @@ class Export:
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(out / "model.onnx")
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the exported file."""
+        return common.latency_measurements(ctx, ctx.artifacts["onnx"], common.stage_precision(ctx))
 
     @staticmethod
     def _require_equal_metrics(onnx: dict[str, float], torch: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
@@ -47,11 +48,10 @@ class Finetune:
             config={
                 **ctx.recipe.finetune.model_dump(mode="json"),
                 "seed": ctx.recipe.seed,
-                "target": ctx.target_identity(),
             },
             inputs=("dense_weights", "weights", "plan"),
             splits=("train", "calib", "eval"),
-            tools=("torch", "numpy", "onnx", "onnxscript"),
+            tools=("torch", "numpy"),
             trains=True,
         )
 
@@ -65,6 +65,9 @@ class Finetune:
         measurements = [
             *accuracy,
             *common.cost_measurements(model, common.example_inputs(ctx)),
-            *common.probe_latency(ctx, model, out),
         ]
         return StageOutput(measurements=measurements, details=details, artifacts={"weights": "finetuned.safetensors"})
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the model as it is now."""
+        return common.probe_latency(ctx, folder)

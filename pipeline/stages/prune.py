@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
@@ -21,7 +22,7 @@ class Prune:
         return None if ctx.recipe.prune is not None else "not in the recipe"
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The pruning section, the scores, the channel multiple; the target because latency is judged for it."""
+        """The pruning section, the scores, and the channel multiple."""
         assert ctx.recipe.prune is not None
         return key_parts(
             ctx,
@@ -29,11 +30,10 @@ class Prune:
             config={
                 **ctx.recipe.prune.model_dump(mode="json"),
                 "align": self._align(ctx),
-                "target": ctx.target_identity(),
             },
             inputs=("dense_weights", "groups", "scores"),
             splits=("calib", "eval"),
-            tools=("torch", "numpy", "onnx", "onnxscript"),
+            tools=("torch", "numpy"),
             trains=True,
         )
 
@@ -60,7 +60,7 @@ class Prune:
         common.save_weights(model, out / "pruned.safetensors")
         ctx.reporter.update(0.3, "evaluating the pruned model")
         accuracy, _ = common.torch_accuracy(ctx, model, 0.3, 0.8)
-        measurements = [*accuracy, *common.cost_measurements(model, inputs), *common.probe_latency(ctx, model, out)]
+        measurements = [*accuracy, *common.cost_measurements(model, inputs)]
         details: dict[str, Any] = {
             "budget": {
                 "unit": "macs" if ctx.recipe.prune.macs is not None else "params",
@@ -82,6 +82,10 @@ class Prune:
             details=details,
             artifacts={"plan": "plan.json", "weights": "pruned.safetensors"},
         )
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the model as it is now."""
+        return common.probe_latency(ctx, folder)
 
     def _align(self, ctx: Context) -> int:
         assert ctx.recipe.prune is not None

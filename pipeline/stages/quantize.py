@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import QuantizeConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
@@ -31,7 +32,7 @@ class Quantize:
                 **self._config(ctx).model_dump(mode="json"),
                 "precision": ctx.precision,
                 "seed": ctx.recipe.seed,
-                "target": ctx.target_identity(),
+                "host": ctx.on_host,
             },
             inputs=("onnx",),
             splits=("calib", "eval"),
@@ -40,8 +41,6 @@ class Quantize:
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write model.onnx in the release precision, and calibration.json where it calibrates."""
-        from fusepress.export.runtime import OnnxSession
-
         final = out / "model.onnx"
         details: dict[str, Any] = {"precision": ctx.precision}
         details |= self._convert(ctx, final, out, work)
@@ -50,15 +49,18 @@ class Quantize:
         if ctx.precision == "fp8":
             details["note"] = "ONNX Runtime CPU cannot run FP8: the accuracy must be measured on the device"
         else:
-            session = OnnxSession(final)
+            session = common.onnx_session(ctx, final)
             evaluation = common.evaluate_with_progress(ctx, lambda feeds: session(feeds), 0.5, 0.95)
             measurements += common.accuracy_measurements(
                 ctx, evaluation, runtime="onnxruntime-cpu", precision=ctx.precision, artifact_sha256=sha
             )
-        measurements += common.latency_measurements(ctx, final, ctx.precision, artifact_sha256=sha)
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(final)
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the quantised file."""
+        return common.latency_measurements(ctx, ctx.artifacts["onnx"], ctx.precision)
 
     @staticmethod
     def _config(ctx: Context) -> QuantizeConfig:

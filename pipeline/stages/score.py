@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
 
-class Score:
+class Score(NoLatency):
     """Runs the recipe's scoring method."""
 
     name = "score"

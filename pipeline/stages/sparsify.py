@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.stages.finetune import train
 from fusepress.pipeline.store import KeyParts
 
@@ -32,11 +33,10 @@ class Sparsify:
                 **ctx.recipe.sparsify.model_dump(mode="json"),
                 "finetune": self._training(ctx).model_dump(mode="json"),
                 "seed": ctx.recipe.seed,
-                "target": ctx.target_identity(),
             },
             inputs=("dense_weights", "weights", "plan"),
             splits=("train", "calib", "eval"),
-            tools=("torch", "numpy", "onnx", "onnxscript"),
+            tools=("torch", "numpy"),
             trains=True,
         )
 
@@ -62,13 +62,16 @@ class Sparsify:
         measurements = [
             *accuracy,
             *common.cost_measurements(model, common.example_inputs(ctx)),
-            *common.probe_latency(ctx, model, out),
         ]
         return StageOutput(
             measurements=measurements,
             details=details,
             artifacts={"weights": "sparse.safetensors", "masks": "masks.safetensors"},
         )
+
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
+        """Of the model as it is now."""
+        return common.probe_latency(ctx, folder)
 
     @staticmethod
     def _training(ctx: Context) -> FinetuneConfig:
@@ -78,7 +81,7 @@ class Sparsify:
         return base.model_copy(update={"steps": ctx.recipe.sparsify.steps, "lr": ctx.recipe.sparsify.lr})
 
 
-class Qat:
+class Qat(NoLatency):
     """Quantisation-aware training; no recipe can ask for it yet, and the run says so."""
 
     name = "qat"

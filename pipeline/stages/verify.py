@@ -41,7 +41,7 @@ class Verify:
                 "failures": failures,
                 "precision": ctx.precision,
                 "seed": ctx.recipe.seed,
-                "target": ctx.target_identity(),
+                "host": ctx.on_host,
             },
             inputs=("onnx", "dense_stats", "dense_weights", "dense_onnx"),
             splits=("calib", "eval"),
@@ -50,11 +50,9 @@ class Verify:
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write replicates.npz and pictures."""
-        from fusepress.export.runtime import OnnxSession
-
         final = ctx.artifacts["onnx"]
         sha = sha256_file(final)
-        session = OnnxSession(final)
+        session = common.onnx_session(ctx, final)
 
         def compressed(inputs: Any) -> Any:
             return session(inputs)
@@ -69,7 +67,6 @@ class Verify:
             ctx, clean, runtime="onnxruntime-cpu", precision=ctx.precision, kind=kind, artifact_sha256=sha
         )
         measurements += self._robustness(ctx, pairs, kind, sha)
-        measurements += self._latency(ctx, final, sha)
         ctx.reporter.update(0.85, "bootstrap")
         constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
         save_replicates(out / "replicates.npz", self._replicates(ctx, pairs, constant, sha))
@@ -83,9 +80,7 @@ class Verify:
     @staticmethod
     def _dense_predict(ctx: Context) -> Predict:
         if ctx.from_onnx:
-            from fusepress.export.runtime import OnnxSession
-
-            session = OnnxSession(ctx.artifacts["dense_onnx"])
+            session = common.onnx_session(ctx, ctx.artifacts["dense_onnx"])
             return lambda inputs: session(inputs)
         return torch_predict(ctx.task, common.dense_model(ctx))
 
@@ -127,27 +122,30 @@ class Verify:
             )
         return rows
 
-    @staticmethod
-    def _latency(ctx: Context, final: Path, sha: str) -> list[Measurement]:
+    def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Predicted for a target that is not here; here, measured, and interleaved with the dense model."""
+        final, sha = ctx.artifacts["onnx"], ctx.shas["onnx"]
         if not ctx.on_host:
             return common.latency_measurements(ctx, final, ctx.precision, artifact_sha256=sha)
-        from fusepress.export.runtime import OnnxSession
         from fusepress.targets.measure import measure_interleaved
 
         inputs = common.example_inputs(ctx)
         runs = {
-            "dense": OnnxSession(ctx.artifacts["dense_onnx"]).timed_callable(inputs),
-            "compressed": OnnxSession(final).timed_callable(inputs),
+            "dense": common.onnx_session(ctx, ctx.artifacts["dense_onnx"]).timed_callable(inputs),
+            "compressed": common.onnx_session(ctx, final).timed_callable(inputs),
         }
-        ctx.reporter.update(0.75, "measuring latency, dense and compressed in turns")
         result = measure_interleaved(runs, max_seconds=HOST_MEASURE_SECONDS)
         rows = common.latency_result(
-            result.runs["compressed"], device=ctx.profile.name, precision=ctx.precision, artifact_sha256=sha
+            result.runs["compressed"],
+            device=ctx.profile.name,
+            power_mode=ctx.power_mode,
+            precision=ctx.precision,
+            artifact_sha256=sha,
         )
         rows += common.latency_result(
             result.runs["dense"],
             device=ctx.profile.name,
+            power_mode=ctx.power_mode,
             precision="fp32",
             artifact_sha256=ctx.shas["dense_onnx"],
             prefix="latency.dense",
