@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.errors import TaskError, TraceError
 from fusepress.pipeline.graph.apply import apply_plan, gate_model
 from fusepress.pipeline.graph.check import relative_gap, sample_kept
+from fusepress.pipeline.graph.cost import CostModel
 from fusepress.pipeline.graph.groups import find_groups, run_flat, run_within
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 from tests import graph_models as zoo
@@ -278,6 +279,41 @@ def test_halves_that_the_code_cuts_itself_are_frozen() -> None:
     # equal numbers from both halves would work, others not
     assert graph.groups == ()
     assert "changes the other channels" in graph.frozen[0].reason
+
+
+def test_torch_pruning_alone_where_the_numeric_finder_cannot_run() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if bool((y > 0).all()):
+                raise ValueError("never seen in training")
+            return self.c(self.b(y))  # type: ignore[no-any-return]
+
+    graph = find_groups(Picky(), plain(), {}, ["b"])
+    assert graph.widths == {"a.weight": 16}
+    assert "only torch-pruning found a.weight" in graph.notes
+    reasons = {frozen.module: frozen.reason for frozen in graph.frozen}
+    assert reasons["b"] == "kept by the task or the recipe"
+    assert "fails on other values (ValueError: never seen in training)" in reasons["c"]
+
+
+def test_layers_called_by_keyword_are_seen() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(input=self.a(input=x))  # type: ignore[no-any-return]
+
+    model = Keyword()
+    graph = find_groups(model, plain(), {})
+    assert graph.widths == {"a.weight": 8}
+    assert CostModel(graph, model, plain()).dense_macs == 64 * (3 * 8 + 8 * 2)
 
 
 class Random(nn.Module):
