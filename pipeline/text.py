@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.evidence import Measurement, Verdict
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fusepress.pipeline.api import Measured, Outcome
     from fusepress.targets.predict import Prediction
     from fusepress.targets.profile import Profile
@@ -20,23 +23,29 @@ def _number(value: float | None) -> str:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """The table of gates on standard output."""
+    """The table of gates on standard output, and below it why a gate did not pass."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False)
-    table.add_column("gate", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("limit", justify="right", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("why")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("gate", "verdict", "limit", "value", "95 % interval"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("gate", "verdict") else "right")
     for v in verdicts:
         interval = f"{_number(v.low)} to {_number(v.high)}" if v.low is not None or v.high is not None else "-"
         style = STYLE[v.verdict]
-        table.add_row(v.gate, f"[{style}]{v.verdict}[/{style}]", _number(v.limit), _number(v.value), interval, v.why)
-    Console(highlight=False).print(table)
+        table.add_row(v.gate, f"[{style}]{v.verdict}[/{style}]", _number(v.limit), _number(v.value), interval)
+    console = _console()
+    console.print(table)
+    for v in verdicts:
+        if v.verdict != "PASS":
+            console.print(f"{v.verdict} {v.gate}: {v.why}", markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough that no column is cut."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:
@@ -118,7 +127,6 @@ def _budget_lines(budget: dict[str, Any] | None) -> list[str]:
 def print_profiles(profiles: Sequence[Profile]) -> None:
     """The table of device profiles."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -127,7 +135,7 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
     for p in profiles:
         modes = ", ".join(f"{name}*" if name == p.default_mode else name for name in p.power_modes)
         table.add_row(p.name, p.family, p.runtime, " ".join(p.precisions), "yes" if p.sparsity_2to4 else "no", modes)
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def prediction_json(prediction: Prediction) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class StreetTask:
     branches = {"camera": ["camera"], "lidar": ["lidar"]}
     metrics = {"miou": "max", **{f"iou_{name}": "max" for name in world.CLASSES}}
     keep = ["head.out"]
+    distill_kinds = {"output": "classes"}
     inputs_by_modality = {"camera": ["image"], "lidar": ["points", "cells"]}
     failures = FAILURES
     batch_size, dead_share, samples = BATCH, DEAD, SAMPLES

@@ -57,11 +57,11 @@ class Build(NoLatency):
         from fusepress.export.bundle import write_build_kit
         from fusepress.export.engine import why_no_tensorrt
 
-        session = common.onnx_session(ctx, ctx.artifacts["onnx"]) if ctx.precision != "fp8" else None
+        session = common.onnx_session(ctx, ctx.artifacts["onnx"])
         references = []
         for batch in common.calib_batches(ctx, REFERENCE_SAMPLES):
             inputs = {name: value[:1] for name, value in batch.inputs.items()}
-            references.append((inputs, session(inputs) if session is not None else {}))
+            references.append((inputs, session(inputs)))
         kit = write_build_kit(
             out / "kit",
             ctx.artifacts["onnx"],

@@ -10,6 +10,8 @@ from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
+BATCHNORM_BATCHES = 8  # removed channels shift what the norms see; without this every later figure mixes two effects
+
 
 class Prune:
     """Allocates widths, writes the PrunePlan and applies it."""
@@ -32,7 +34,7 @@ class Prune:
                 "align": self._align(ctx),
             },
             inputs=("dense_weights", "groups", "scores"),
-            splits=("calib", "eval"),
+            splits=("train", "calib", "eval"),
             tools=("torch", "numpy"),
             trains=True,
         )
@@ -43,6 +45,7 @@ class Prune:
         from fusepress.pipeline.graph.cost import CostModel
         from fusepress.pipeline.graph.files import load_graph
         from fusepress.pipeline.pruning.allocate import allocate
+        from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
         from fusepress.pipeline.scoring.picture import score_picture
         from fusepress.pipeline.scoring.result import load_scores
 
@@ -57,6 +60,8 @@ class Prune:
         atomic_write_text(out / "plan.json", plan.to_json())
         atomic_write_text(out / "pruned.svg", score_picture(scores, graph.groups, allocation.kept))
         apply_plan(model, plan)
+        ctx.reporter.update(0.1, "estimating the norms' statistics again")
+        reestimate_batchnorm(model, ctx.task, BATCHNORM_BATCHES, ctx.recipe.seed)
         common.save_weights(model, out / "pruned.safetensors")
         ctx.reporter.update(0.3, "evaluating the pruned model")
         accuracy, _ = common.torch_accuracy(ctx, model, 0.3, 0.8)
@@ -69,7 +74,7 @@ class Prune:
                 "gap": allocation.gap,
                 "align": self._align(ctx),
             },
-            "notes": list(allocation.notes),
+            "notes": [*graph.notes, *allocation.notes],
             "groups": [
                 {"id": g.id, "branch": g.branch, "width": g.width, "kept": allocation.widths[g.id]}
                 for g in graph.groups

@@ -33,6 +33,7 @@ class Quantize:
                 "precision": ctx.precision,
                 "seed": ctx.recipe.seed,
                 "host": ctx.on_host,
+                "half_remainder": self._half_remainder(ctx),
             },
             inputs=("onnx",),
             splits=("calib", "eval"),
@@ -45,15 +46,11 @@ class Quantize:
         details: dict[str, Any] = {"precision": ctx.precision}
         details |= self._convert(ctx, final, out, work)
         sha = sha256_file(final)
-        measurements = []
-        if ctx.precision == "fp8":
-            details["note"] = "ONNX Runtime CPU cannot run FP8: the accuracy must be measured on the device"
-        else:
-            session = common.onnx_session(ctx, final)
-            evaluation = common.evaluate_with_progress(ctx, lambda feeds: session(feeds), 0.5, 0.95)
-            measurements += common.accuracy_measurements(
-                ctx, evaluation, runtime="onnxruntime-cpu", precision=ctx.precision, artifact_sha256=sha
-            )
+        session = common.onnx_session(ctx, final)
+        evaluation = common.evaluate_with_progress(ctx, lambda feeds: session(feeds), 0.5, 0.95)
+        measurements = common.accuracy_measurements(
+            ctx, evaluation, runtime="onnxruntime-cpu", precision=ctx.precision, artifact_sha256=sha
+        )
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(final)
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
@@ -67,25 +64,38 @@ class Quantize:
         return ctx.recipe.quantize or QuantizeConfig()
 
     def _convert(self, ctx: Context, final: Path, out: Path, work: Path) -> dict[str, Any]:
-        source = ctx.artifacts["onnx"]
-        if ctx.precision == "fp16":
-            from fusepress.export.precision import convert_fp16
-
-            convert_fp16(source, final)
-            return {}
         from fusepress.calib.dataset import calibration_arrays, choose_calibration
-        from fusepress.calib.quantize import quantize_fp8, quantize_int8
 
-        config = self._config(ctx)
+        source, config = ctx.artifacts["onnx"], self._config(ctx)
         card = choose_calibration(ctx.task, config.samples, ctx.recipe.seed)
         atomic_write_text(out / "calibration.json", card.to_json())
         arrays = calibration_arrays(ctx.task, card)
         ctx.reporter.update(0.2, f"calibrating on {len(card.sample_ids)} samples")
-        remainder: Literal["fp16", "fp32"] = "fp32" if ctx.on_host else "fp16"
+        if ctx.precision == "fp16":
+            from fusepress.export.precision import convert_fp16
+
+            info = convert_fp16(source, final, arrays=arrays)
+            return {
+                "calibration": card.summary(),
+                "fp32_nodes": list(info.fp32_nodes),
+                "ranges_checked": info.ranges_checked,
+            }
+        from fusepress.calib.quantize import quantize_fp8, quantize_int8
+
+        remainder: Literal["fp16", "fp32"] = "fp16" if self._half_remainder(ctx) else "fp32"
         if ctx.precision == "fp8":
             report = quantize_fp8(source, arrays, final, exclude=config.exclude)
         else:
             report = quantize_int8(
                 source, arrays, final, method=config.method, remainder=remainder, exclude=config.exclude
             )
-        return {"calibration": card.summary(), "coverage": report.to_dict()}
+        details: dict[str, Any] = {"calibration": card.summary(), "coverage": report.to_dict()}
+        if report.notes:
+            details["note"] = "; ".join(report.notes)
+        return details
+
+    @staticmethod
+    def _half_remainder(ctx: Context) -> bool:
+        """Q/DQ with FP16 scales needs opset 19, which TensorRT 8.x cannot read; a CPU gains nothing from FP16."""
+        old = ctx.profile.software[0].tensorrt.startswith("8.") if ctx.profile.runtime == "tensorrt" else False
+        return not ctx.on_host and not old
