@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FAR_METRES = 80.0
-# Depth at which the untrained network starts: about the median of a street scene.
-START_METRES = 12.0
+# Unit of the correction: small, so that one optimiser step moves the depth by centimetres.
+STEP_METRES = 2.0
+CANDIDATES = 3
+# Side of the window in which the nearest and the farthest known point are candidates for a pixel's depth.
+REACH = 5
+# Windows that known depths are spread over, and their weight against the next smaller one's.
+SPREAD = ((3, 1.0), (5, 0.3), (9, 0.1), (15, 0.03))
 
 
 class ConvNorm(nn.Module):
@@ -74,22 +79,39 @@ class Pyramid(nn.Module):
         eighth = self.stage3(quarter)
         y = self.lateral3(torch.cat([_double(self.stage4(eighth)), eighth], 1))
         y = self.lateral2(torch.cat([_double(y), quarter], 1))
-        y = self.lateral1(torch.cat([_double(y), half], 1))
-        return y
+        met: Tensor = self.lateral1(torch.cat([_double(y), half], 1))
+        return met
 
 
-class LidarPyramid(nn.Module):
-    """The LiDAR branch: a pyramid over the depth in units of `FAR_METRES` and the mask of known pixels."""
+class LidarBranch(nn.Module):
+    """The LiDAR branch: a pyramid over the depth, the mask of known pixels and a smooth guess between them.
+
+    It also hands on three candidates for the depth of every pixel: the smooth guess, the nearest and the farthest
+    point close by; the decoder chooses among them and corrects. `carry` scales them and is a layer of the branch, so
+    that a LiDAR branch without weights carries nothing.
+    """
 
     def __init__(self, widths: tuple[int, int, int, int], outputs: int) -> None:
         super().__init__()
-        self.pyramid = Pyramid(2, widths, outputs)
+        self.pyramid = Pyramid(3, widths, outputs)
+        self.carry = nn.Conv2d(CANDIDATES, CANDIDATES, 1, bias=False)
+        with torch.no_grad():
+            self.carry.weight.copy_(torch.eye(CANDIDATES)[:, :, None, None])
 
-    def forward(self, sparse_depth: Tensor) -> Tensor:
-        """(B, 1, H, W) metres, 0 where unknown -> (B, outputs, H / 2, W / 2)."""
+    def forward(self, sparse_depth: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and candidates.
+
+        Args:
+            sparse_depth: (B, 1, H, W) metres, 0 where unknown.
+
+        Returns:
+            (B, outputs, H / 2, W / 2), and (B, CANDIDATES, H, W) in units of `FAR_METRES`.
+        """
+        depth = sparse_depth * (1 / FAR_METRES)
         known = (sparse_depth > 0).to(sparse_depth.dtype)
-        y: Tensor = self.pyramid(torch.cat([sparse_depth * (1 / FAR_METRES), known], 1))
-        return y
+        guess = _spread(depth, known)
+        near, far = _nearest_and_farthest(depth, known, guess)
+        return self.pyramid(torch.cat([depth, known, guess], 1)), self.carry(torch.cat([guess, near, far], 1))
 
 
 class DepthFusionNet(nn.Module):
@@ -109,12 +131,12 @@ class DepthFusionNet(nn.Module):
     ) -> None:
         super().__init__()
         self.camera = Pyramid(3, camera_widths, meet)
-        self.lidar = LidarPyramid(lidar_widths, meet)
+        self.lidar = LidarBranch(lidar_widths, meet)
         self.fuse = ConvNorm(2 * meet, meet)
         self.decoder = nn.Sequential(Residual(meet, meet), ConvNorm(meet, 16))
         self.refine = ConvNorm(16, 16)
-        self.head = nn.Conv2d(16, 1, 3, padding=1)
-        nn.init.constant_(self.head.bias, START_METRES / FAR_METRES)  # type: ignore[arg-type]
+        self.choice = nn.Conv2d(16, CANDIDATES, 3, padding=1)
+        self.correction = nn.Conv2d(16, 1, 3, padding=1)
 
     def forward(self, image: Tensor, sparse_depth: Tensor) -> dict[str, Tensor]:
         """Dense depth.
@@ -126,9 +148,36 @@ class DepthFusionNet(nn.Module):
         Returns:
             `depth`: (B, 1, H, W) metres.
         """
-        y = self.fuse(torch.cat([self.camera(image), self.lidar(sparse_depth)], 1))
+        features, candidates = self.lidar(sparse_depth)
+        y = self.fuse(torch.cat([self.camera(image), features], 1))
         y = self.refine(_double(self.decoder(y)))
-        return {"depth": F.relu(self.head(y)) * FAR_METRES}
+        chosen = (torch.softmax(self.choice(y), 1) * candidates).sum(1, keepdim=True)
+        return {"depth": chosen * FAR_METRES + self.correction(y) * STEP_METRES}
+
+
+def _spread(depth: Tensor, known: Tensor) -> Tensor:
+    """Mean of the known depths around each pixel: nearly only of the closest window that has any; 0 far from all.
+
+    No parameters: it spares the first layers from learning to divide by how many points a window holds.
+    """
+    total, weight = depth, known
+    for size, share in SPREAD:
+        total = total + share * F.avg_pool2d(depth, size, stride=1, padding=size // 2)
+        weight = weight + share * F.avg_pool2d(known, size, stride=1, padding=size // 2)
+    return total / (weight + 1e-4)
+
+
+def _nearest_and_farthest(depth: Tensor, known: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest known depth within `REACH`; the guess where no point is close."""
+    hit = _window_max(known)
+    near = (1 - _window_max(known * (1 - depth))) * hit
+    far = _window_max(depth)
+    elsewhere = guess * (1 - hit)
+    return near + elsewhere, far + elsewhere
+
+
+def _window_max(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, REACH, stride=1, padding=REACH // 2)
 
 
 def _double(x: Tensor) -> Tensor:

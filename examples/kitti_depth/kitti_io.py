@@ -21,6 +21,7 @@ from PIL import Image
 
 from fusepress.pipeline.errors import TaskError
 
+Decoded = tuple[NDArray[np.uint8], NDArray[np.float32]]
 Floats = NDArray[np.floating[Any]]
 POINT_BYTES = 16
 # The same matrix has another name in each benchmark: object, tracking, odometry.
@@ -174,7 +175,9 @@ class Frame:
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
-    def read(self, height: int, width: int, *, near: float, far: float) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    def read(
+        self, height: int, width: int, *, near: float, far: float
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Image (height, width, 3) uint8 and depth map (height, width) metres of the frame.
 
         Raises:
@@ -242,9 +245,7 @@ def read_calibration(path: Path) -> Calibration:
             if separator:
                 entries[key.strip()] = numbers
     except UnicodeDecodeError as error:
-        raise TaskError(
-            f"expected a KITTI calibration in text; got binary data at {path}; restore the file"
-        ) from error
+        raise TaskError(f"expected a KITTI calibration in text; got binary data at {path}; restore the file") from error
     rectification = next((key for key in RECTIFICATION_KEYS if key in entries), None)
     lidar = next((key for key in LIDAR_TO_CAMERA_KEYS if key in entries), LIDAR_TO_CAMERA_KEYS[0])
     # Odometry's `Tr` leads into the rectified camera already, so that file has no rectification.

@@ -1,0 +1,1 @@
+../examples/kitti_depth/depth_model.py

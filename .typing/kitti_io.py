@@ -1,0 +1,1 @@
+../examples/kitti_depth/kitti_io.py
