@@ -113,7 +113,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def disk_error(error: OSError, path: Path) -> StoreError:
     """An operating system error as a message that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreError(
             f"expected room for {path.name}; got a full disk at {path.parent}; free some space and run the same "
             "command again: finished stages are kept"

@@ -13,6 +13,7 @@ from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_pre
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Replicates, compare, metric_intervals
 from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.store import atomic_write_bytes
 from fusepress.pipeline.task import Batch, first_batch
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def output_names(ctx: Context, model: nn.Module) -> list[str]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """A model's parameters and buffers as safetensors."""
-    from safetensors.torch import save_file
+    from fusepress.pipeline.graph.apply import weights_bytes
 
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}, path)
+    atomic_write_bytes(path, weights_bytes(model))
 
 
 def evaluate_with_progress(ctx: Context, predict: Predict, begin: float, end: float, **options: Any) -> Evaluation:
