@@ -1,6 +1,6 @@
 """Trains the street example: each backbone alone first, then both together. `python examples/street/train.py`.
 
-Writes street.safetensors and metrics.json beside this file. About 25 minutes on one core with AMX (bf16).
+Writes street.safetensors and metrics.json beside this file. About 20 minutes on one core with AMX (bf16).
 """
 
 from __future__ import annotations
