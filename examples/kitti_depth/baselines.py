@@ -44,9 +44,9 @@ def predict_nearest(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def predict_constant(task: LoadedTask) -> Predict:
-    """The mean depth of the training frames everywhere."""
-    depths = [task.user.decoded(frame)[1] for frame, _ in task.user.frames("train")]
-    mean = float(np.concatenate([depth[depth > 0] for depth in depths]).mean())
+    """The mean depth of the training frames' held-out points everywhere."""
+    labels = [task.user.sample(frame)[2] for frame, _ in task.user.frames("train")]
+    mean = float(np.concatenate([label[label > 0] for label in labels]).mean())
     return lambda inputs: {"depth": torch.full_like(inputs["sparse_depth"], mean)}
 
 

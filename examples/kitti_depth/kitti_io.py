@@ -21,7 +21,6 @@ from PIL import Image
 
 from fusepress.pipeline.errors import TaskError
 
-Decoded = tuple[NDArray[np.uint8], NDArray[np.float32]]
 Floats = NDArray[np.floating[Any]]
 POINT_BYTES = 16
 # The same matrix has another name in each benchmark: object, tracking, odometry.
@@ -85,6 +84,18 @@ class View:
         return cls(
             box=(left, source_height - crop_height, left + crop_width, float(source_height)), height=height, width=width
         )
+
+    @classmethod
+    def random(
+        cls, source_width: int, source_height: int, height: int, width: int, generator: np.random.Generator
+    ) -> View:
+        """A zoom of up to 1.4 anywhere inside the largest view: new pixels, new occlusions, new edges."""
+        left, top, right, bottom = cls.fit(source_width, source_height, height, width).box
+        share = generator.uniform(1 / 1.4, 1.0)
+        crop_width, crop_height = share * (right - left), share * (bottom - top)
+        left = generator.uniform(left, right - crop_width)
+        top = generator.uniform(top, bottom - crop_height)
+        return cls(box=(left, top, left + crop_width, top + crop_height), height=height, width=width)
 
     def image(self, image: Image.Image) -> NDArray[np.uint8]:
         """Crop and resize a picture; (height, width, 3) uint8. Pillow's bilinear filter widens when it shrinks."""
@@ -175,25 +186,22 @@ class Frame:
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
-    def read(
-        self, height: int, width: int, *, near: float, far: float
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Image (height, width, 3) uint8 and depth map (height, width) metres of the frame.
+    def read(self) -> tuple[Image.Image, Floats]:
+        """Camera image, and (N, 3) u, v, depth of the points inside it, in pixels of that image.
 
         Raises:
             TaskError: a file is missing, damaged, or no point falls into the image.
         """
         image = read_image(self.image)
-        view = View.fit(image.width, image.height, height, width)
         projected = read_calibration(self.calibration).project(read_cloud(self.cloud))
-        depth = depth_map(view.pixels(projected), height, width, near=near, far=far)
-        if np.count_nonzero(depth) < 2:
+        u, v = projected[:, 0], projected[:, 1]
+        inside = (u >= -0.5) & (u < image.width - 0.5) & (v >= -0.5) & (v < image.height - 0.5)
+        if np.count_nonzero(inside) < 2:
             raise TaskError(
-                f"expected LiDAR points inside the image, {near:g} to {far:g} m away; got "
-                f"{np.count_nonzero(depth)} of {len(projected)} in front of the camera at {self.cloud}; "
-                f"check that {self.calibration} belongs to this frame"
+                f"expected LiDAR points inside the image; got {np.count_nonzero(inside)} of {len(projected)} in front "
+                f"of the camera at {self.cloud}; check that {self.calibration} belongs to this frame"
             )
-        return view.image(image), depth
+        return image, projected[inside]
 
 
 def find_drives(root: Path) -> dict[str, list[Frame]]:

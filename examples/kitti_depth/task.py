@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from depth_model import FAR_METRES, DepthFusionNet
-from kitti_io import Decoded, Frame, find_drives, split_halves
+from kitti_io import Floats, Frame, View, depth_map, find_drives, split_halves
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -30,8 +30,9 @@ FAR_OFF_METRES = 10.0
 # Frames of one cluster of consecutive frames; the gates resample whole clusters, and one makes an evaluation batch.
 WINDOW = 3
 # Shares of each drive, in time order; gap frames are never read, so that no split sees its neighbour's view.
-SHARES = (("train", 0.50), ("gap", 0.05), ("calib", 0.10), ("gap", 0.05), ("eval", 0.30))
+SHARES = (("calib", 0.10), ("gap", 0.05), ("train", 0.50), ("gap", 0.05), ("eval", 0.30))
 FAILURES = ("camera_blank", "camera_dark", "lidar_blank", "lidar_half", "lidar_sparse")
+KEPT_FRAMES = 1000
 DARK_GAIN = {1: 0.4, 2: 0.2, 3: 0.08}
 HALF_KEEPS = {1: 0.8, 2: 0.65, 3: 0.5}
 SPARSE_EVERY = {1: 2, 2: 4, 3: 8}
@@ -56,12 +57,12 @@ class KittiDepthTask:
     failures = FAILURES
     dense_steps = 1000
     dense_lr = 3e-3
-    dropout = {"image": 0.08, "sparse_depth": 0.04}
+    dropout = {"image": 0.08}
 
     def __init__(self, data: Path | None = None) -> None:
         self.data = data
         self._splits: dict[str, list[tuple[Frame, int]]] | None = None
-        self._decoded: dict[str, Decoded] = {}
+        self._decoded: dict[str, tuple[Image.Image, Floats]] = {}
         self._hashes: dict[str, str] = {}
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class KittiDepthTask:
         else:
             windows = [frames[i : i + WINDOW] for i in range(0, len(frames), WINDOW)]
             for window in windows[rank::world][start:]:
-                samples = [self._fixed_sample(frame) for frame, _ in window]
+                samples = [self.sample(frame) for frame, _ in window]
                 yield _collate(samples, [f.sample_id for f, _ in window], [_group(f, i) for f, i in window])
 
     def fingerprint(self, split: str) -> str:
@@ -104,15 +105,20 @@ class KittiDepthTask:
             digest.update(self._hashes[frame.sample_id].encode())
         return digest.hexdigest()
 
-    def decoded(self, frame: Frame) -> Decoded:
-        """Image and full depth map of a frame at the network's resolution; kept in memory (0.2 MB a frame)."""
+    def decoded(self, frame: Frame) -> tuple[Image.Image, Floats]:
+        """Image at twice the network's resolution and the points in it; kept in memory (0.7 MB a frame)."""
         if frame.sample_id not in self._decoded:
-            self._decoded[frame.sample_id] = frame.read(HEIGHT, WIDTH, near=NEAR_METRES, far=FAR_METRES)
+            while len(self._decoded) >= KEPT_FRAMES:
+                del self._decoded[next(iter(self._decoded))]
+            image, points = frame.read()
+            double = View.fit(image.width, image.height, 2 * HEIGHT, 2 * WIDTH)
+            self._decoded[frame.sample_id] = Image.fromarray(double.image(image)), double.pixels(points)
         return self._decoded[frame.sample_id]
 
-    def _fixed_sample(self, frame: Frame) -> Sample:
-        image, depth = self.decoded(frame)
-        return image, *split_halves(depth, _generator(frame.sample_id))
+    def sample(self, frame: Frame) -> Sample:
+        """The fixed sample of a frame: image (H, W, 3), given depth (H, W) and held-out depth (H, W)."""
+        image, points = self.decoded(frame)
+        return _seen(image, points, View.fit(2 * WIDTH, 2 * HEIGHT, HEIGHT, WIDTH), _generator(frame.sample_id))
 
     def _train_batch(self, frames: list[tuple[Frame, int]], seed: int, index: int) -> Batch:
         """Batch `index` of an endless shuffled stream; everything random follows from (seed, place in the stream)."""
@@ -215,7 +221,7 @@ class KittiDepthTask:
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 progress((step + 1) / self.dense_steps, f"step {step + 1}/{self.dense_steps} loss {value:.3f}")
@@ -273,15 +279,22 @@ def _generator(name: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
-def _augment(image: NDArray[np.uint8], depth: NDArray[np.float32], generator: np.random.Generator) -> Sample:
-    """Mirror image and points alike, change the light, deal the points anew."""
+def _seen(image: Image.Image, points: Floats, view: View, generator: np.random.Generator) -> Sample:
+    depth = depth_map(view.pixels(points), HEIGHT, WIDTH, near=NEAR_METRES, far=FAR_METRES)
+    return view.image(image), *split_halves(depth, generator)
+
+
+def _augment(image: Image.Image, points: Floats, generator: np.random.Generator) -> Sample:
+    """Zoom and mirror image and points alike, change the light, deal the points anew."""
+    view = View.random(2 * WIDTH, 2 * HEIGHT, HEIGHT, WIDTH, generator)
+    picture, given, held_out = _seen(image, points, view, generator)
     if generator.random() < 0.5:
-        image, depth = image[:, ::-1], depth[:, ::-1].copy()
+        picture, given, held_out = picture[:, ::-1], given[:, ::-1], held_out[:, ::-1]
     gain = generator.uniform(0.7, 1.3) * generator.uniform(0.9, 1.1, size=3)
     contrast = generator.uniform(0.8, 1.2)
-    mean = image.mean()
-    jittered = np.clip(((image - mean) * contrast + mean) * gain, 0, 255).round().astype(np.uint8)
-    return jittered, *split_halves(depth, generator)
+    mean = picture.mean()
+    jittered = np.clip(((picture - mean) * contrast + mean) * gain, 0, 255).round().astype(np.uint8)
+    return jittered, given, held_out
 
 
 def _collate(samples: list[Sample], ids: list[str], groups: list[str]) -> Batch:
