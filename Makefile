@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/fusepress compress examples/street/recipe.yaml
+	$(BIN)/fusepress compress examples/street/recipe.yaml --target rtx-4090 -o gates.latency=null
 
 test: install
 	$(MAKE) check

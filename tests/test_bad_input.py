@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fusepress.pipeline.task import load_task
 
     folder = tmp_path_factory.mktemp("weights")
-    text = (TEMPLATES / "task.py.txt").read_text().replace("self.build_model(), 200", "self.build_model(), 3")
+    text = (TEMPLATES / "task.py.txt").read_text().replace("self.build_model(), 400", "self.build_model(), 3")
     (folder / "task.py").write_text(text)
     task = load_task("task.py:MyTask", base=folder)
     task.user.train_dense(folder / "dense.safetensors", lambda _fraction, _note: None)

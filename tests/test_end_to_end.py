@@ -36,7 +36,7 @@ QUICK = {
 def _project(folder: Path) -> Path:
     assert run(["init", str(folder)]) == 0
     text = (folder / "task.py").read_text()
-    (folder / "task.py").write_text(text.replace("self.build_model(), 200", "self.build_model(), 120"))
+    (folder / "task.py").write_text(text.replace("self.build_model(), 400", "self.build_model(), 120"))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(QUICK))
     return folder
 
