@@ -82,7 +82,9 @@ def _pickle(project: Path) -> None:
     _edit("recipe.yaml", "dense.safetensors", "dense.pt")(project)
 
 
-BEFORE_THE_FIRST_STAGE = {
+Case = tuple[Callable[[Path], object], list[str], int, str]
+
+BEFORE_THE_FIRST_STAGE: dict[str, Case] = {
     "missing checkpoint": (
         lambda p: (p / "dense.safetensors").unlink(),
         [],
@@ -145,7 +147,7 @@ DATA_DEPENDENT = FORWARD.replace(
     "        return", "        if lidar.sum() > 3:\n            image = image * 2\n        return"
 )
 
-DURING_A_STAGE = {
+DURING_A_STAGE: dict[str, Case] = {
     "impossible budget": (lambda _: None, ["-o", "prune.macs=0.001"], 2, "expected prune.macs >= "),
     "no full trace": (_edit("task.py", FORWARD, DATA_DEPENDENT), ["-o", "prune=null"], 5, "control flow"),
     "operator the engine lacks": (

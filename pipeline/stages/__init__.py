@@ -10,7 +10,7 @@ from fusepress.pipeline.stages.finetune import Finetune
 from fusepress.pipeline.stages.prune import Prune
 from fusepress.pipeline.stages.quantize import Quantize
 from fusepress.pipeline.stages.score import Score
-from fusepress.pipeline.stages.sparsify import Qat, Sparsify
+from fusepress.pipeline.stages.sparsify import Sparsify
 from fusepress.pipeline.stages.verify import Verify
 
 STAGES: tuple[Stage, ...] = (
@@ -19,7 +19,6 @@ STAGES: tuple[Stage, ...] = (
     Prune(),
     Finetune(),
     Sparsify(),
-    Qat(),
     Export(),
     Quantize(),
     Build(),

@@ -8,7 +8,7 @@ from typing import Any
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
+from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.stages.finetune import train
 from fusepress.pipeline.store import KeyParts
 
@@ -79,22 +79,3 @@ class Sparsify:
         assert ctx.recipe.sparsify is not None
         base = ctx.recipe.finetune or FinetuneConfig()
         return base.model_copy(update={"steps": ctx.recipe.sparsify.steps, "lr": ctx.recipe.sparsify.lr})
-
-
-class Qat(NoLatency):
-    """Quantisation-aware training; no recipe can ask for it yet, and the run says so."""
-
-    name = "qat"
-    version = 1
-
-    def skip(self, ctx: Context) -> str | None:
-        """Always."""
-        return "not in the recipe"
-
-    def key_parts(self, ctx: Context) -> KeyParts:
-        """Never reached: `skip` always answers."""
-        raise NotImplementedError
-
-    def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
-        """Never reached: `skip` always answers."""
-        raise NotImplementedError
