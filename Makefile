@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# one thread in each of two workers: two threads in each would fight for two cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: demo test check lint types test-long install clean
 
@@ -23,7 +25,7 @@ test: install
 	$(MAKE) check
 
 check: install lint types
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,7 +35,7 @@ types: install
 	$(BIN)/mypy
 
 test-long: install
-	$(BIN)/pytest -m long
+	$(PYTEST) -m long
 	$(BIN)/python benchmarks/kill_campaign.py --kills 20
 
 clean:

@@ -13,6 +13,8 @@ from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
 
+RANGE_SAMPLES = 16  # that FP16 ranges are checked on
+
 
 class Baseline:
     """Loads (or trains) the dense checkpoint, evaluates it, exports it and finds its coupled channel groups."""
@@ -100,10 +102,12 @@ class Baseline:
         common.export_for_target(ctx, model, fp32)
         final = fp32
         if common.stage_precision(ctx) == "fp16":
+            from fusepress.calib.dataset import calibration_arrays, choose_calibration
             from fusepress.export.precision import convert_fp16
 
             final = out / "dense_fp16.onnx"
-            convert_fp16(fp32, final)
+            card = choose_calibration(ctx.task, RANGE_SAMPLES, ctx.recipe.seed)
+            convert_fp16(fp32, final, arrays=calibration_arrays(ctx.task, card))
             fp32.unlink()
         session = OnnxSession(final)
         metrics = evaluate(ctx.task, lambda inputs: session(inputs), "eval").metrics
