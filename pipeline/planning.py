@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.errors import RecipeError
+from fusepress.pipeline.recipe import PruneConfig
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context
 from fusepress.pipeline.store import Store, content_key
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.graph.plan import Group
+
+FLOOR = PruneConfig.model_fields["floor"].default
+LEAST = PruneConfig.model_fields["min_channels"].default
 
 
 def plan_run(ctx: Context, folder: Path) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
     keep = [*ctx.task.keep, *(ctx.recipe.prune.keep if ctx.recipe.prune else ())]
     graph = find_groups(model, inputs, ctx.task.branches, keep)
     cost = CostModel(graph, model, inputs)
-    smallest = {group.id: group.multiple for group in graph.groups}
+    smallest = {group.id: _smallest(group, ctx.recipe.prune) for group in graph.groups}
     least = cost.branch_totals(smallest)
     dense = cost.branch_totals()
     facts: dict[str, Any] = {
@@ -92,13 +100,19 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
     return facts
 
 
+def _smallest(group: Group, config: PruneConfig | None) -> int:
+    """The least width that the floors leave a group; without a prune section, those of its defaults."""
+    floor, least = (config.floor, config.min_channels) if config is not None else (FLOOR, LEAST)
+    wanted = max(least, math.ceil(floor * group.width))
+    return min(group.width, math.ceil(wanted / group.multiple) * group.multiple)
+
+
 def _budget(ctx: Context, graph: Any, cost: Any, model: Any) -> dict[str, Any]:
     """Whether the budget can be reached at all: allocated with magnitude scores, which cost nothing."""
     from fusepress.pipeline.graph.apply import apply_plan
     from fusepress.pipeline.pruning.allocate import allocate
     from fusepress.pipeline.recipe import ScoreConfig
     from fusepress.pipeline.scoring.criteria import score_channels
-    from fusepress.pipeline.stages import common
 
     assert ctx.recipe.prune is not None
     align = ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
@@ -121,7 +135,6 @@ def _budget(ctx: Context, graph: Any, cost: Any, model: Any) -> dict[str, Any]:
         apply_plan(model, graph.plan(allocation.kept))
         facts["latency_pruned_ms"] = _predicted(ctx, model)
         facts["latency_note"] = "predicted, with magnitude scores in place of the recipe's"
-    _ = common
     return facts
 
 

@@ -114,6 +114,19 @@ class LidarBranch(nn.Module):
         return self.pyramid(torch.cat([depth, known, guess], 1)), self.carry(torch.cat([guess, near, far], 1))
 
 
+class CameraBranch(nn.Module):
+    """The camera branch: a pyramid, and one layer at full resolution that tells the decoder where the edges are."""
+
+    def __init__(self, widths: tuple[int, int, int, int], outputs: int) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(3, widths, outputs)
+        self.edges = ConvNorm(3, 16)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> (B, outputs, H / 2, W / 2) and (B, 16, H, W)."""
+        return self.pyramid(image), self.edges(image)
+
+
 class DepthFusionNet(nn.Module):
     """Image and sparse depth in, dense depth out.
 
@@ -130,11 +143,11 @@ class DepthFusionNet(nn.Module):
         meet: int = 32,
     ) -> None:
         super().__init__()
-        self.camera = Pyramid(3, camera_widths, meet)
+        self.camera = CameraBranch(camera_widths, meet)
         self.lidar = LidarBranch(lidar_widths, meet)
         self.fuse = ConvNorm(2 * meet, meet)
         self.decoder = nn.Sequential(Residual(meet, meet), ConvNorm(meet, 16))
-        self.refine = ConvNorm(16, 16)
+        self.refine = ConvNorm(16 + 16 + CANDIDATES, 16)
         self.choice = nn.Conv2d(16, CANDIDATES, 3, padding=1)
         self.correction = nn.Conv2d(16, 1, 3, padding=1)
 
@@ -148,9 +161,10 @@ class DepthFusionNet(nn.Module):
         Returns:
             `depth`: (B, 1, H, W) metres.
         """
-        features, candidates = self.lidar(sparse_depth)
-        y = self.fuse(torch.cat([self.camera(image), features], 1))
-        y = self.refine(_double(self.decoder(y)))
+        seen, edges = self.camera(image)
+        felt, candidates = self.lidar(sparse_depth)
+        y = self.decoder(self.fuse(torch.cat([seen, felt], 1)))
+        y = self.refine(torch.cat([_double(y), edges, candidates], 1))
         chosen = (torch.softmax(self.choice(y), 1) * candidates).sum(1, keepdim=True)
         return {"depth": chosen * FAR_METRES + self.correction(y) * STEP_METRES}
 
