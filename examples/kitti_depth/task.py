@@ -55,7 +55,7 @@ class KittiDepthTask:
     keep = ["choice", "correction", "lidar.carry"]
     inputs_by_modality = {"camera": ["image"], "lidar": ["sparse_depth"]}
     failures = FAILURES
-    dense_steps = 1000
+    dense_steps = 600
     dense_lr = 3e-3
     dropout = {"image": 0.08}
 
