@@ -75,7 +75,6 @@ def test_init_plan_and_compress_as_the_readme_says(tmp_path: Path) -> None:
         ("rtx-4090", "engine"),
         ("jetson-agx-orin-64gb", "build_kit"),
         ("host-cpu", "onnx"),
-        ("drive-agx-orin", "build_kit"),
     ],
 )
 def test_street_reaches_every_kind_of_target(
