@@ -30,7 +30,7 @@ FAR_OFF_METRES = 10.0
 # Frames of one cluster of consecutive frames; the gates resample whole clusters, and one makes an evaluation batch.
 WINDOW = 3
 # Shares of each drive, in time order; gap frames are never read, so that no split sees its neighbour's view.
-SHARES = (("calib", 0.10), ("gap", 0.05), ("train", 0.50), ("gap", 0.05), ("eval", 0.30))
+SHARES = (("train", 0.50), ("gap", 0.05), ("calib", 0.10), ("gap", 0.05), ("eval", 0.30))
 FAILURES = ("camera_blank", "camera_dark", "lidar_blank", "lidar_half", "lidar_sparse")
 KEPT_FRAMES = 1000
 DARK_GAIN = {1: 0.4, 2: 0.2, 3: 0.08}
@@ -238,15 +238,19 @@ class KittiDepthTask:
         label = batch.targets["depth"][0, 0].cpu().numpy()
         dense, small = (o["depth"][0, 0].detach().float().cpu().numpy() for o in (dense_outputs, outputs))
         difference = np.abs(small - dense)
+        # Far from any point (the sky) nothing judges or teaches the network: what it says there means nothing.
+        known = (batch.inputs["sparse_depth"][:1] + batch.targets["depth"][:1].cpu() > 0).float()
+        judged = nn.functional.max_pool2d(known, 9, stride=1, padding=4)[0, 0].numpy() > 0
+        legend = "depth, metres (grey: no LiDAR point near, not judged)"
         return {
             "Camera image": _captioned(image, f"frame {batch.sample_ids[0]}"),
             "LiDAR points given to the network": _captioned(_coloured(sparse, sparse > 0), "depth, metres", FAR_METRES),
             "LiDAR points held out (label)": _captioned(_coloured(label, label > 0), "depth, metres", FAR_METRES),
-            "Depth, dense model": _captioned(_coloured(dense), "depth, metres", FAR_METRES),
-            "Depth, compressed model": _captioned(_coloured(small), "depth, metres", FAR_METRES),
+            "Depth, dense model": _captioned(_coloured(dense, judged), legend, FAR_METRES),
+            "Depth, compressed model": _captioned(_coloured(small, judged), legend, FAR_METRES),
             "Difference, compressed against dense": _captioned(
-                _coloured(difference, far=DIFFERENCE_METRES, linear=True),
-                "absolute difference, metres",
+                _coloured(difference, judged, far=DIFFERENCE_METRES, linear=True),
+                "absolute difference, metres (grey: not judged)",
                 DIFFERENCE_METRES,
                 linear=True,
             ),
@@ -358,7 +362,7 @@ def _coloured(
         colours = colormaps["turbo_r"](place)
     picture: Picture = (colours[..., :3] * 255).round().astype(np.uint8)
     if known is not None:
-        picture[~known] = 24
+        picture[~known] = 72 if linear else 24
     return picture
 
 
