@@ -28,7 +28,7 @@ class ScoreConfig(Section):
     """How channels are scored.
 
     Attributes:
-        method: altermoma (methods.md 1), taylor, magnitude or random.
+        method: altermoma (arXiv 2409.17728), taylor, magnitude or random.
         alpha: weight of DeCI.
         beta: weight of ReRI.
         batches: training batches that gradients are averaged over (|D| / batch size).

@@ -1,4 +1,4 @@
-"""Distillation from outputs (pipeline/recovery/distill.py); methods.md 4.3."""
+"""Distillation from outputs (pipeline/recovery/distill.py)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def reestimate_batchnorm(model: nn.Module, task: LoadedTask, batches: int, seed: int) -> int:
-    """Replace the running statistics by the plain average over training batches (methods.md 6, item 9).
+    """Replace the running statistics by the plain average over training batches.
 
     Only batch norms run in training mode, so dropout stays off. Nothing but their buffers changes: weights, modes,
     momenta and the caller's random state are what they were.
