@@ -94,7 +94,7 @@ def main() -> int:
     print(f"{equal} of {len(rows)} runs ended with the ONNX of the undisturbed run")
     if arguments.results:
         result = {
-            "command": "python " + " ".join(sys.argv),
+            "command": " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
             "python": platform.python_version(),
             "seed": arguments.seed,
             "undisturbed": {"seconds": round(whole_s, 1), "onnx_sha256": expected},

@@ -62,7 +62,7 @@ def main() -> int:
     from fusepress.pipeline.stages.base import tool_versions
 
     result = {
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "tools": tool_versions("torch", "onnxruntime-gpu", "numpy"),
         "threads": arguments.threads,
         "steps": arguments.steps,
