@@ -24,28 +24,72 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Method = Literal[
+    "auto",
+    "altermoma",
+    "taylor",
+    "snip",
+    "magnitude",
+    "group_norm",
+    "lamp",
+    "imp",
+    "grasp",
+    "prospr",
+    "synflow",
+    "random",
+]
+
+
 class ScoreConfig(Section):
     """How channels are scored.
 
     Attributes:
-        method: altermoma (arXiv 2409.17728), taylor, magnitude or random.
+        method: altermoma (arXiv 2409.17728) or a rival behind the same signature; auto tries several and keeps one.
         alpha: weight of DeCI.
-        beta: weight of ReRI.
+        beta: weight of ReRI; auto sets it from the measured redundancy of the modalities.
         batches: training batches that gradients are averaged over (|D| / batch size).
         reactivation_batches: B, optimiser steps with one modality masked.
         reactivation_lr: learning rate of those steps.
         reactivation_optimizer: sgd (as derived in the paper) or adam.
+        reactivation: masked (the method), or a control that tells what its second term measures: unmasked (the same
+            steps, nothing masked), noise (a random step of the same length), permuted (the modality's samples shuffled
+            instead of masked).
+        normalise: scores by the sum over their branch (the paper), by their parameter, or by branch and cost.
         aggregate: how weight scores become channel scores: gate (after the norm), abs (sum of |.|), literal (|sum|).
+        rounds: score, prune a part, score again; 1 = one shot.
     """
 
-    method: Literal["altermoma", "taylor", "magnitude", "random"] = "altermoma"
+    method: Method = "altermoma"
     alpha: float = Field(default=1.0, ge=0)
-    beta: float = Field(default=1.0, ge=0)
+    beta: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
     batches: int = Field(default=8, ge=1)
     reactivation_batches: int = Field(default=16, ge=0)
     reactivation_lr: float = Field(default=1e-3, gt=0)
     reactivation_optimizer: Literal["sgd", "adam"] = "sgd"
+    reactivation: Literal["masked", "unmasked", "noise", "permuted"] = "masked"
+    normalise: Literal["branch", "parameter", "cost"] = "branch"
     aggregate: Literal["gate", "abs", "literal"] = "gate"
+    rounds: int = Field(default=1, ge=1)
+
+
+class DistortionConfig(Section):
+    """Distortion tables of `allocation: distortion` (MMPrune4U).
+
+    Attributes:
+        mode: exact (a pass per width), or approximate (gradients; about as cheap as scoring).
+        samples: calibration samples that distortion is measured on.
+        worst_case: the maximum over samples instead of their mean (as RD-Prune's scripts do).
+        eta: weight of the functional Fisher term; 0 is RD-Prune; auto makes the medians of both terms equal.
+        reading: B: relative change of each modality's information; A: the paper's sum, taken literally.
+        draws: noise draws of the information's estimate.
+    """
+
+    mode: Literal["exact", "approximate"] = "exact"
+    samples: int = Field(default=64, ge=1)
+    worst_case: bool = False
+    eta: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    reading: Literal["A", "B"] = "B"
+    draws: int = Field(default=4, ge=1)
 
 
 class PruneConfig(Section):
@@ -53,30 +97,39 @@ class PruneConfig(Section):
 
     Attributes:
         macs: kept fraction of the dense multiply-accumulates.
-        params: kept fraction of the dense parameters (give one of the two).
-        allocation: global (one threshold on the ranking below).
-        rank: by score per MAC (or parameter) that a channel costs, or by score alone.
+        params: kept fraction of the dense parameters.
+        latency_ms: predicted latency on the target (give one of the three).
+        allocation: global (one threshold on the ranking below), importance (most kept score under the budget, exact),
+            or distortion (least damage to the outputs under the budget: MMPrune4U).
+        rank: of allocation global: by score per MAC (or parameter) that a channel costs, or by score alone.
         floor: smallest kept fraction of any group.
         min_channels: smallest kept width of any group.
         align: channel multiple; default: the target's.
         keep: module paths that must not be pruned, beside the task's.
         branches: kept-fraction budget for one modality (or "fusion"), in the same unit.
+        blocks: whether whole residual blocks may go (allocation importance and distortion).
+        distortion: how allocation distortion measures damage.
     """
 
     macs: Fraction | None = None
     params: Fraction | None = None
-    allocation: Literal["global"] = "global"
+    latency_ms: float | None = Field(default=None, gt=0)
+    allocation: Literal["global", "importance", "distortion"] = "global"
     rank: Literal["score_per_cost", "score"] = "score_per_cost"
     floor: float = Field(default=0.1, ge=0, le=1)
     min_channels: int = Field(default=8, ge=1)
     align: int | None = Field(default=None, ge=1)
     keep: tuple[str, ...] = ()
     branches: dict[str, Fraction] = Field(default_factory=dict)
+    blocks: bool = False
+    distortion: DistortionConfig = DistortionConfig()
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneConfig:
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("expected exactly one of `macs` and `params`; give the kept fraction, e.g. macs: 0.4")
+        if sum(budget is not None for budget in (self.macs, self.params, self.latency_ms)) != 1:
+            raise ValueError(
+                "expected exactly one of `macs`, `params` and `latency_ms`; give the kept fraction, e.g. macs: 0.4"
+            )
         return self
 
 

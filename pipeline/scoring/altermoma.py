@@ -184,7 +184,7 @@ def alternate(
     for key, value in scores.items():
         value.mul_(config.alpha)
         if key in redundancy:
-            value.sub_(redundancy.pop(key), alpha=config.beta)
+            value.sub_(redundancy.pop(key), alpha=fixed_beta(config))
     return scores, {
         "method": "altermoma",
         "alpha": config.alpha,
@@ -198,6 +198,17 @@ def alternate(
     }
 
 
+def fixed_beta(config: ScoreConfig) -> float:
+    """The recipe's beta as a number.
+
+    Raises:
+        UsageError: it is still auto.
+    """
+    if isinstance(config.beta, str):
+        raise UsageError(f"expected score.beta as a number; got {config.beta!r} at the formula; resolve it first")
+    return config.beta
+
+
 def _stage_order(task: LoadedTask, config: ScoreConfig, order: Sequence[str] | None) -> list[str]:
     """Which modalities are masked one after the other; none where ReRI would not count.
 
@@ -206,7 +217,7 @@ def _stage_order(task: LoadedTask, config: ScoreConfig, order: Sequence[str] | N
     wanted = sorted(task.branches) if order is None else list(order)
     if sorted(wanted) != sorted(task.branches):
         raise TaskError(f"expected an order of the modalities {sorted(task.branches)}; got {wanted}; name each once")
-    return wanted if len(wanted) > 1 and config.beta > 0 else []
+    return wanted if len(wanted) > 1 and fixed_beta(config) > 0 else []
 
 
 def _stages_seen(branch: str, branches: Mapping[str, Any]) -> int:
