@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusepress.pipeline.errors import RecipeError
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _number_or_auto(value: Any) -> Any:
+    """One message instead of one a member of the union."""
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("expected a number of at least 0, or auto")
+
+
+NumberOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 class Section(BaseModel):
@@ -57,11 +67,13 @@ class ScoreConfig(Section):
         normalise: scores by the sum over their branch (the paper), by their parameter, or by branch and cost.
         aggregate: how weight scores become channel scores: gate (after the norm), abs (sum of |.|), literal (|sum|).
         rounds: score, prune a part, score again; 1 = one shot.
+        candidates: what method auto tries, in order of preference where they tie.
+        probe_steps: training steps of each try before it is judged on the calib split.
     """
 
     method: Method = "altermoma"
     alpha: float = Field(default=1.0, ge=0)
-    beta: Annotated[float, Field(ge=0)] | Literal["auto"] = 1.0
+    beta: NumberOrAuto = 1.0
     batches: int = Field(default=8, ge=1)
     reactivation_batches: int = Field(default=16, ge=0)
     reactivation_lr: float = Field(default=1e-3, gt=0)
@@ -70,6 +82,15 @@ class ScoreConfig(Section):
     normalise: Literal["branch", "parameter", "cost"] = "branch"
     aggregate: Literal["gate", "abs", "literal"] = "gate"
     rounds: int = Field(default=1, ge=1)
+    candidates: tuple[Method, ...] = Field(default=("taylor", "snip", "altermoma", "group_norm"), min_length=1)
+    probe_steps: int = Field(default=20, ge=0)
+
+    @field_validator("candidates")
+    @classmethod
+    def _real_methods(cls, names: tuple[Method, ...]) -> tuple[Method, ...]:
+        if "auto" in names or len(set(names)) < len(names):
+            raise ValueError("expected different methods, none of them auto; name each once")
+        return names
 
 
 class DistortionConfig(Section):
@@ -87,7 +108,7 @@ class DistortionConfig(Section):
     mode: Literal["exact", "approximate"] = "exact"
     samples: int = Field(default=64, ge=1)
     worst_case: bool = False
-    eta: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    eta: NumberOrAuto = "auto"
     reading: Literal["A", "B"] = "B"
     draws: int = Field(default=4, ge=1)
 
