@@ -88,6 +88,8 @@ def details_of(stage: str) -> dict[str, Any]:
         }
         budget = {"unit": "macs", "fraction": 0.4, "achieved": 0.398, "gap": 0.002}
         return {"groups": groups, "branches": branches, "budget": budget}
+    if stage == "score":
+        return {"choice": {"chosen": "taylor", "tried": {"taylor": 0.41, "magnitude": 0.38}}}
     if stage == "finetune":
         return {"steps": 800, "final_loss": 0.4127, "distilled": True}
     if stage == "quantize":
@@ -394,6 +396,13 @@ def test_a_stopped_run_says_where_and_why_and_claims_no_gate() -> None:
     assert "INTERRUPTED" in check_page(render(record, Path())).words
     record.stages[7].status = "pending"
     assert "NOT FINISHED" in check_page(render(record, Path())).words
+
+
+def test_what_was_tried_and_chosen_is_on_the_page() -> None:
+    words = check_page(render(SAMPLES["pass"](), Path())).words
+    assert "Choices, Calibration, Sparsity" in words
+    assert "What was tried (score)" in words
+    assert "taylor 0.41, magnitude 0.38" in words
 
 
 def test_no_gate_is_visible() -> None:

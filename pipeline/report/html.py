@@ -74,8 +74,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         failures=view.failure_rows(record),
         pictures=pictures,
         left_out=left_out,
-        calibration=view.cards(record, "calibration"),
-        sparsity=view.cards(record, "sparsity"),
+        cards=_cards(record),
         target=_pairs(record.target_profile),
         machine=_pairs(record.environment),
         kinds={kind: (charts.legend_mark(kind), words) for kind, words in KIND_WORDS.items()},
@@ -86,6 +85,17 @@ def render(record: RunRecord, run_dir: Path) -> str:
         number=view.number,
         dash=view.DASH,
     )
+
+
+def _cards(record: RunRecord) -> list[tuple[str, str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """(section word, card title, cards), those that the run has."""
+    kinds = (
+        ("Choices", "What was tried", "choice"),
+        ("Calibration", "Calibration card", "calibration"),
+        ("Sparsity", "2:4 sparsity", "sparsity"),
+    )
+    found = [(word, title, view.cards(record, key)) for word, title, key in kinds]
+    return [row for row in found if row[2]]
 
 
 def _resource(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
+from fusepress.pipeline.stages.allocation import alignment, allocate_widths
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
@@ -31,7 +32,8 @@ class Prune:
             self,
             config={
                 **ctx.recipe.prune.model_dump(mode="json"),
-                "align": self._align(ctx),
+                "align": alignment(ctx),
+                "target": ctx.target_identity() if ctx.recipe.prune.latency_ms is not None else None,
             },
             inputs=("dense_weights", "groups", "scores"),
             splits=("train", "calib", "eval"),
@@ -44,7 +46,6 @@ class Prune:
         from fusepress.pipeline.graph.apply import apply_plan
         from fusepress.pipeline.graph.cost import CostModel
         from fusepress.pipeline.graph.files import load_graph
-        from fusepress.pipeline.pruning.allocate import allocate
         from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
         from fusepress.pipeline.scoring.picture import score_picture
         from fusepress.pipeline.scoring.result import load_scores
@@ -55,7 +56,7 @@ class Prune:
         model = common.dense_model(ctx)
         inputs = common.example_inputs(ctx)
         cost = CostModel(graph, model, inputs)
-        allocation = allocate(scores, graph, cost, ctx.recipe.prune, align=self._align(ctx))
+        allocation = allocate_widths(ctx, model, graph, cost, scores)
         plan = graph.plan(allocation.kept)
         atomic_write_text(out / "plan.json", plan.to_json())
         atomic_write_text(out / "pruned.svg", score_picture(scores, graph.groups, allocation.kept))
@@ -72,7 +73,7 @@ class Prune:
                 "fraction": allocation.budget,
                 "achieved": allocation.achieved,
                 "gap": allocation.gap,
-                "align": self._align(ctx),
+                "align": alignment(ctx),
             },
             "notes": [*graph.notes, *allocation.notes],
             "groups": [
@@ -91,10 +92,6 @@ class Prune:
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Of the model as it is now."""
         return common.probe_latency(ctx, folder)
-
-    def _align(self, ctx: Context) -> int:
-        assert ctx.recipe.prune is not None
-        return ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
 
     @staticmethod
     def _branches(cost: Any, widths: dict[str, int]) -> dict[str, dict[str, float]]:

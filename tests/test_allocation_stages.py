@@ -1,0 +1,66 @@
+"""The score and prune stages under every way to choose criterion and widths, on the task of `fusepress init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusepress.pipeline.api import make_context, new_record, preflight
+from fusepress.pipeline.cli import run
+from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.evidence import RunRecord
+from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.runner import run_stages
+from fusepress.pipeline.stages import STAGES
+from fusepress.pipeline.store import Store
+
+RECIPE: dict[str, Any] = {
+    "task": "task.py:MyTask",
+    "checkpoint": "dense.safetensors",
+    "target": "jetson-agx-orin-64gb",
+    "score": {"method": "magnitude", "batches": 2, "reactivation_batches": 2},
+    "prune": {"macs": 0.5, "align": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("allocation") / "mine"
+    assert run(["init", str(folder)]) == 0
+    text = (folder / "task.py").read_text()
+    (folder / "task.py").write_text(text.replace("self.build_model(), 400", "self.build_model(), 60"))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+def _prune(project: Path, name: str, *overrides: str) -> RunRecord:
+    """Baseline, score and prune; the store is shared, so the baseline is made once."""
+    loaded = load_recipe(project / "recipe.yaml", overrides)
+    ctx = make_context(loaded, Reporter(quiet=True))
+    folder = project / "runs" / name
+    preflight(ctx, Store(folder.parent / ".store"))
+    record = new_record(ctx, folder, "")
+    run_stages(ctx, [stage for stage in STAGES if stage.name in ("baseline", "score", "prune")], record, folder)
+    return record
+
+
+def _details(record: RunRecord, stage: str) -> dict[str, Any]:
+    found = record.stage(stage)
+    assert found is not None
+    return found.details
+
+
+def test_auto_keeps_the_criterion_that_did_best_on_the_calib_split(project: Path) -> None:
+    overrides = ["score.method=auto", "score.candidates=[random, magnitude, taylor]", "score.probe_steps=3"]
+    record = _prune(project, "auto", *overrides)
+    facts = _details(record, "score")["choice"]
+    trials = facts["tried"]
+    assert list(trials) == ["random", "magnitude", "taylor"]
+    assert len(set(trials.values())) == 3
+    assert facts["chosen"] == max(trials, key=lambda name: trials[name])
+    assert facts["split"] == "calib"
+    same = _prune(project, "same", f"score.method={facts['chosen']}")
+    assert _details(record, "prune")["groups"] == _details(same, "prune")["groups"]
