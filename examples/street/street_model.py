@@ -2,7 +2,7 @@
 
 Camera: residual stages, a feature pyramid, then a lift to BEV that looks up each cell at a few heights in the image
 with the camera's calibration. LiDAR: a point network over padded pillars, a scatter to the BEV canvas, a BEV backbone.
-Every width can be pruned: forward passes read shapes from tensors, never from numbers.
+Every width can be pruned: forward passes read shapes from tensors, never from numbers. `width` scales them all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from street_world import (
 from torch import Tensor, nn
 
 LIFT_HEIGHTS = (0.0, 0.7, 1.5)
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels times the width factor, in multiples of four."""
+    return max(4, round(channels * width / 4) * 4)
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -92,17 +97,18 @@ class Lift(nn.Module):
 class CameraBackbone(nn.Module):
     """Image (N, 3, 64, 160) -> BEV features (N, out, 48, 48)."""
 
-    def __init__(self, out: int = 32) -> None:
+    def __init__(self, out: int = 32, *, width: float = 1.0, channels: int = 3) -> None:
         super().__init__()
-        self.stem = conv_bn_relu(3, 32, stride=2)
-        self.stage1 = nn.Sequential(Residual(32, 64, stride=2), Residual(64, 64))
-        self.stage2 = nn.Sequential(Residual(64, 96, stride=2), Residual(96, 96))
-        self.stage3 = Residual(96, 128, stride=2)
-        self.pyramid = Pyramid([32, 64, 96, 128], width=48, outputs=32)
+        w32, w48, w64, w96, w128 = (scaled(number, width) for number in (32, 48, 64, 96, 128))
+        self.stem = conv_bn_relu(channels, w32, stride=2)
+        self.stage1 = nn.Sequential(Residual(w32, w64, stride=2), Residual(w64, w64))
+        self.stage2 = nn.Sequential(Residual(w64, w96, stride=2), Residual(w96, w96))
+        self.stage3 = Residual(w96, w128, stride=2)
+        self.pyramid = Pyramid([w32, w64, w96, w128], width=w48, outputs=w32)
         self.lift = Lift()
-        self.squeeze = conv_bn_relu(32 * len(LIFT_HEIGHTS), 48, kernel=1)
-        self.down = nn.Sequential(conv_bn_relu(48, 64, stride=2), Residual(64, 64))
-        self.merge = Pyramid([48, 64], width=48, outputs=out)
+        self.squeeze = conv_bn_relu(w32 * len(LIFT_HEIGHTS), w48, kernel=1)
+        self.down = nn.Sequential(conv_bn_relu(w48, w64, stride=2), Residual(w64, w64))
+        self.merge = Pyramid([w48, w64], width=w48, outputs=out)
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class."""
@@ -118,9 +124,9 @@ class CameraBackbone(nn.Module):
 class PillarEncoder(nn.Module):
     """A network on every point, the maximum over the points of a pillar, scattered to the BEV canvas."""
 
-    def __init__(self, out: int = 32) -> None:
+    def __init__(self, out: int = 32, *, hidden: int = 32, features: int = POINT_FEATURES) -> None:
         super().__init__()
-        self.points = nn.Sequential(conv_bn_relu(POINT_FEATURES, 32, kernel=1), conv_bn_relu(32, out, kernel=1))
+        self.points = nn.Sequential(conv_bn_relu(features, hidden, kernel=1), conv_bn_relu(hidden, out, kernel=1))
 
     def forward(self, points: Tensor, cells: Tensor) -> Tensor:
         """Points (N, F, P, M) and cells (N, P) -> canvas (N, out, 48, 48)."""
@@ -139,13 +145,14 @@ class PillarEncoder(nn.Module):
 class LidarBackbone(nn.Module):
     """Pillars -> BEV features (N, out, 48, 48)."""
 
-    def __init__(self, out: int = 32) -> None:
+    def __init__(self, out: int = 32, *, width: float = 1.0, features: int = POINT_FEATURES) -> None:
         super().__init__()
-        self.pillars = PillarEncoder(32)
-        self.stage1 = conv_bn_relu(32, 48)
-        self.stage2 = nn.Sequential(conv_bn_relu(48, 96, stride=2), Residual(96, 96))
-        self.stage3 = nn.Sequential(conv_bn_relu(96, 128, stride=2), Residual(128, 128))
-        self.pyramid = Pyramid([48, 96, 128], width=48, outputs=out)
+        w32, w48, w96, w128 = (scaled(number, width) for number in (32, 48, 96, 128))
+        self.pillars = PillarEncoder(w32, hidden=w32, features=features)
+        self.stage1 = conv_bn_relu(w32, w48)
+        self.stage2 = nn.Sequential(conv_bn_relu(w48, w96, stride=2), Residual(w96, w96))
+        self.stage3 = nn.Sequential(conv_bn_relu(w96, w128, stride=2), Residual(w128, w128))
+        self.pyramid = Pyramid([w48, w96, w128], width=w48, outputs=out)
 
     def forward(self, points: Tensor, cells: Tensor) -> Tensor:
         """See the class."""
@@ -170,14 +177,21 @@ class Head(nn.Module):
 
 
 class StreetFusion(nn.Module):
-    """Camera and LiDAR, fused by concatenation in BEV."""
+    """Camera and LiDAR, fused by concatenation in BEV.
 
-    def __init__(self) -> None:
+    Args:
+        width: factor on every number of channels.
+        image_channels: of the image; 4 with the world's depth channel.
+        point_features: of a point; 12 with the world's surface colours.
+    """
+
+    def __init__(self, width: float = 1.0, image_channels: int = 3, point_features: int = POINT_FEATURES) -> None:
         super().__init__()
-        self.camera = CameraBackbone(32)
-        self.lidar = LidarBackbone(32)
-        self.fuser = conv_bn_relu(64, 64)
-        self.head = Head(64)
+        out, fused = scaled(32, width), scaled(64, width)
+        self.camera = CameraBackbone(out, width=width, channels=image_channels)
+        self.lidar = LidarBackbone(out, width=width, features=point_features)
+        self.fuser = conv_bn_relu(2 * out, fused)
+        self.head = Head(fused, scaled(48, width))
 
     def forward(self, image: Tensor, points: Tensor, cells: Tensor) -> Tensor:
         """Logits (N, classes, 48, 48)."""

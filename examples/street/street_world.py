@@ -6,7 +6,8 @@ in that column. That makes ray casting exact and cheap: no ray marching, a few a
 
 What only the camera can see: lane markings on the road, and which of the person-sized boxes are pedestrians and which
 are bushes (both come from one size distribution; the LiDAR has no intensity channel). What the LiDAR gives and the
-camera hardly does: range, and anything at all at night or in fog.
+camera hardly does: range, and anything at all at night or in fog. A knob can undo that (`sense(scenes, redundancy=r)`):
+the camera gets a depth channel, the LiDAR three of surface colour, each mixed with noise in the share 1 - r.
 
 Everything is a function of (split, seed, index); nothing is read from disk.
 """
@@ -39,6 +40,8 @@ CAMERA_ORIGIN = (0.0, 0.0, 1.6)
 LIDAR_ORIGIN = (-0.3, 0.0, 1.9)
 LIDAR_RANGE, LIDAR_TOP = 28.0, 4.0
 PILLARS, POINTS_PER_PILLAR, POINT_FEATURES = 640, 8, 9
+COLOURS = 3  # point features that `redundancy` adds, before the last one
+DEPTH_SCALE, KNOB_NOISE = 20.0, 0.5  # metres; standard deviation of what the knob's signals drown in
 DUMMY_CELL = BEV_SIZE * BEV_SIZE
 
 # Beams from the top down, so that a pillar with too many points keeps the upper ones (objects, not road).
@@ -108,8 +111,9 @@ class Frames:
     """What the sensors saw of N scenes, and the truth.
 
     Attributes:
-        image: (N, 3, H, W) in [0, 1].
-        points: (N, F, P, M) features of the points of each pillar; the last feature is 1 for a real point.
+        image: (N, 3, H, W) in [0, 1]; with `redundancy` a fourth channel, depth in units of `DEPTH_SCALE`.
+        points: (N, F, P, M) features of the points of each pillar; the last feature is 1 for a real point. With
+            `redundancy` three more before it: the colour of the surface that was hit, whatever the light.
         cells: (N, P) int32 BEV cell of each pillar, row-major from the near right; `DUMMY_CELL` for padding.
         labels: (N, 48, 48) class of each BEV cell, `IGNORE` where no sensor could know.
         camera_object: (N, H, W) slot of the object seen at each pixel, -1 for none.
@@ -431,8 +435,19 @@ def camera_rays() -> tuple[Floats, Floats]:
     return directions.astype(np.float32), ((CENTRE_V - v) / FOCAL).astype(np.float32)
 
 
-def sense(scenes: Scenes) -> Frames:
-    """Ray-cast scenes into both sensors and label the ground from above."""
+def sense(scenes: Scenes, redundancy: float | None = None) -> Frames:
+    """Ray-cast scenes into both sensors and label the ground from above.
+
+    Args:
+        scenes: what there is.
+        redundancy: None for the plain sensors. A number r from 0 to 1 gives the camera a depth channel and the LiDAR
+            three of surface colour, each r * signal + (1 - r) * noise: at 1 each sensor measures what the other does.
+
+    Raises:
+        ValueError: the redundancy is not from 0 to 1.
+    """
+    if redundancy is not None and not 0 <= redundancy <= 1:
+        raise ValueError(f"expected a redundancy from 0 to 1, or None; got {redundancy}; correct the knob")
     directions, slopes = camera_rays()
     view = _cast(scenes, CAMERA_ORIGIN, directions, slopes)
     image = _paint_image(scenes, view, directions, slopes)
@@ -444,7 +459,12 @@ def sense(scenes: Scenes) -> Frames:
         image[row] += scenes.image_noise[row] * noise.standard_normal(image[row].shape, dtype=np.float32)
         sweep[row] = _sweep(shots.depth[row], scenes.dropout[row], noise)
     np.clip(image, 0.0, 1.0, out=image)
-    points, cells = pillars(sweep)
+    colours = None
+    if redundancy is not None:
+        image = np.concatenate([image, _knob(view.depth.transpose(0, 2, 1)[:, None], scenes, redundancy, 3)], axis=1)
+        surface = _surface_colour(scenes, shots).transpose(0, 3, 2, 1).reshape(len(scenes.keys), COLOURS, -1)
+        colours = _knob(surface, scenes, redundancy, 4).transpose(0, 2, 1)
+    points, cells = pillars(sweep, colours)
     sweep_object = shots.slot.transpose(0, 2, 1).reshape(len(scenes.keys), -1)
     camera_object = np.ascontiguousarray(view.slot.transpose(0, 2, 1))
     depth = view.depth.transpose(0, 2, 1)
@@ -458,6 +478,39 @@ def sense(scenes: Scenes) -> Frames:
         sweep=sweep,
         sweep_object=np.where(returned, sweep_object, -1),
     )
+
+
+def _knob(signal: Floats, scenes: Scenes, redundancy: float, stream: int) -> Floats:
+    """Mix r * signal + (1 - r) * noise; the noise has a generator of its own, so that the plain sensors do not feel it.
+
+    Args:
+        signal: (N, ...); depths (stream 3) are brought to about one first, sky to zero.
+        scenes: for the keys.
+        redundancy: r.
+        stream: 3 for depth, 4 for colour.
+    """
+    if stream == 3:
+        signal = np.where(np.isfinite(signal), np.minimum(signal, np.float32(40.0)) / np.float32(DEPTH_SCALE), 0.0)
+    mixed = np.empty(signal.shape, np.float32)
+    for row, key in enumerate(scenes.keys):
+        noise = _generator(VERSION, SPLITS.index(key[0]), key[1], stream, key[2])
+        drawn = noise.standard_normal(signal[row].shape, dtype=np.float32)
+        mixed[row] = redundancy * signal[row] + (1.0 - redundancy) * KNOB_NOISE * drawn
+    return mixed
+
+
+def _surface_colour(scenes: Scenes, shots: _Hits) -> Floats:
+    """(N, C, R, 3) colour of what each laser shot hits, without sun, lamps and fog: a laser brings its own light."""
+    n, columns, rows = shots.slot.shape
+    depth = np.minimum(shots.depth, np.float32(80.0))
+    x = LIDAR_ORIGIN[0] + depth * np.cos(AZIMUTHS)[None, :, None]
+    y = depth * np.sin(AZIMUTHS)[None, :, None]
+    z = LIDAR_ORIGIN[2] + depth * BEAM_SLOPES
+    colour = _ground_colour(scenes, x, y)
+    there = shots.slot >= 0
+    scene = np.broadcast_to(np.arange(n)[:, None, None], (n, columns, rows))[there]
+    colour[there] = _object_colour(scenes, scene, shots.slot[there], z[there], shots.top[there], shots.end_face[there])
+    return colour.astype(np.float32)
 
 
 def _sweep(depth: Floats, dropout: np.float32, noise: np.random.Generator) -> Floats:
@@ -474,10 +527,11 @@ def _sweep(depth: Floats, dropout: np.float32, noise: np.random.Generator) -> Fl
     return np.stack([x, y, z], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
-def pillars(sweep: Floats) -> tuple[Floats, NDArray[np.int32]]:
+def pillars(sweep: Floats, colours: Floats | None = None) -> tuple[Floats, NDArray[np.int32]]:
     """Group returns (N, R, 3) into padded pillars: features (N, F, P, M) and cells (N, P).
 
-    The nearest `PILLARS` rows of cells and the first `POINTS_PER_PILLAR` returns of each are kept.
+    The nearest `PILLARS` rows of cells and the first `POINTS_PER_PILLAR` returns of each are kept. Colours (N, R, 3),
+    if any, become three more features before the last.
     """
     n, rays = sweep.shape[:2]
     row = np.floor((np.nan_to_num(sweep[..., 0], nan=-1.0) - BEV_X) / CELL).astype(np.int64)
@@ -500,7 +554,12 @@ def pillars(sweep: Floats) -> tuple[Floats, NDArray[np.int32]]:
     xyz[scene, pillar[keep], within[keep]] = np.take_along_axis(sweep, order[..., None], 1)[keep]
     valid[scene, pillar[keep], within[keep]] = 1.0
     cells[scene, pillar[keep]] = cell[keep]
-    return pillar_features(xyz, valid, cells), cells
+    features = pillar_features(xyz, valid, cells)
+    if colours is not None:
+        seen = np.zeros((n, PILLARS, POINTS_PER_PILLAR, COLOURS), np.float32)
+        seen[scene, pillar[keep], within[keep]] = np.take_along_axis(colours, order[..., None], 1)[keep]
+        features = np.concatenate([features[:, :-1], seen.transpose(0, 3, 1, 2), features[:, -1:]], axis=1)
+    return features, cells
 
 
 def pillar_features(xyz: Floats, valid: Floats, cells: NDArray[np.int32]) -> Floats:

@@ -24,7 +24,7 @@ SAMPLES = {"calib": 128, "eval": 256}
 # Share of the training frames in which a sensor is dead: training on them is what keeps the fusion alive then.
 DEAD = 0.12
 CLASS_WEIGHTS = (1.0, 2.0, 1.5, 1.5, 3.0, 3.0)
-FAILURES = ("camera_blank", "camera_dark", "camera_noise", "lidar_blank", "lidar_half", "lidar_sparse")
+FAILURES: tuple[str, ...] = ("camera_blank", "camera_dark", "camera_noise", "lidar_blank", "lidar_half", "lidar_sparse")
 
 
 class StreetTask:
@@ -37,22 +37,23 @@ class StreetTask:
     inputs_by_modality = {"camera": ["image"], "lidar": ["points", "cells"]}
     failures = FAILURES
     batch_size, dead_share, samples = BATCH, DEAD, SAMPLES
+    redundancy: float | None = None  # plain sensors
 
     def build_model(self) -> nn.Module:
         return StreetFusion()
 
     def batches(self, split: str, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Batches of 16. `train` never ends; skipping to `start` costs nothing."""
+        """Batches of `batch_size`. `train` never ends; skipping to `start` costs nothing."""
         for number in itertools.count(start):
-            first = (number * world + rank) * BATCH
-            indices = list(range(first, min(first + BATCH, SAMPLES.get(split, first + BATCH))))
+            first = (number * world + rank) * self.batch_size
+            indices = list(range(first, min(first + self.batch_size, SAMPLES.get(split, first + self.batch_size))))
             if not indices:
                 return
             yield self.make(split, seed, indices, dead=DEAD if split == "train" else 0.0)
 
     def make(self, split: str, seed: int, indices: list[int], *, dead: float = 0.0) -> Batch:
         """The named samples; in a share `dead` of them the camera is off, in as many the LiDAR is."""
-        frames = world.sense(world.draw_scenes(split, seed, indices))
+        frames = world.sense(world.draw_scenes(split, seed, indices), self.redundancy)
         for row, index in enumerate(indices):
             luck = _luck(seed, index)
             if luck < dead:
@@ -142,6 +143,50 @@ class StreetTask:
             dense_outputs[0].argmax(dim=0).numpy(),
             outputs[0].argmax(dim=0).numpy(),
         )
+
+
+class RedundantStreetTask(StreetTask):
+    """The same street with sensors that know more or less of what the other one knows, and a narrower network.
+
+    At redundancy 1 the camera measures depth and the LiDAR surface colours; at 0 those channels are noise.
+
+    Args:
+        redundancy: from 0 to 1.
+        width: factor on every number of channels of the network.
+        batch_size: samples a batch.
+    """
+
+    failures = ("camera_blank", "lidar_blank")
+
+    def __init__(self, redundancy: float = 1.0, width: float = 0.5, batch_size: int = 8) -> None:
+        self.redundancy = redundancy
+        self.width = width
+        self.batch_size = batch_size
+
+    def build_model(self) -> nn.Module:
+        features = world.POINT_FEATURES + world.COLOURS
+        return StreetFusion(width=self.width, image_channels=4, point_features=features)
+
+    def fingerprint(self, split: str) -> str:
+        """The plain task's, the knob and the batch size."""
+        text = json.dumps([super().fingerprint(split), self.redundancy, self.batch_size])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def corrupt(self, batch: Batch, failure: str, severity: int) -> Batch:
+        """camera_blank and lidar_blank: the whole sensor is dead at severity 3, the camera's third or two below it.
+
+        Raises:
+            ValueError: for a failure or severity that does not exist.
+        """
+        if failure == "camera_blank":
+            return super().corrupt(batch, failure, severity)
+        if failure != "lidar_blank" or severity != 3:
+            raise ValueError(
+                f"expected camera_blank, or lidar_blank with severity 3; got {failure!r} with {severity!r}; the other "
+                "failures are the plain StreetTask's"
+            )
+        cells = torch.full_like(batch.inputs["cells"], world.DUMMY_CELL)
+        return batch.with_inputs(points=torch.zeros_like(batch.inputs["points"]), cells=cells)
 
 
 def _luck(seed: int, index: int) -> float:
