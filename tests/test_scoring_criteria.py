@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from fusepress.pipeline.errors import RecipeError, StageError, StoreError
 from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.graph.plan import Group, Member
 from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.altermoma import weight_masks
 from fusepress.pipeline.scoring.channels import Aggregation, ChannelScorer, channel_rows, gate_members
-from fusepress.pipeline.scoring.criteria import METHODS, score_channels
+from fusepress.pipeline.scoring.criteria import METHODS, WEIGHT_METHODS, score_channels, score_weights
 from fusepress.pipeline.scoring.picture import score_picture
 from fusepress.pipeline.scoring.result import ScoreResult, load_scores, save_scores, scores_to_bytes
 from fusepress.pipeline.task import Batch
@@ -258,6 +260,33 @@ def test_every_method_keeps_the_contract(method: str) -> None:
     assert scores_to_bytes(first) == scores_to_bytes(second)
 
 
+@pytest.mark.parametrize("method", sorted(WEIGHT_METHODS))
+def test_every_method_scores_single_weights_too(method: str) -> None:
+    toy = ConvToy(dtype=torch.float32)
+    toy.model.train()
+    before = state_bytes(toy.model)
+    config = FAST.model_copy(update={"method": method})
+    seen: list[float] = []
+    scores, log = score_weights(toy.model, toy.task, config, seed=1, progress=lambda done, _: seen.append(done))
+    assert state_bytes(toy.model) == before
+    assert all(module.training for module in toy.model.modules())
+    assert all(p.requires_grad and p.grad is None for p in toy.model.parameters())
+    assert seen[-1] == 1.0
+    assert {n: v.shape for n, v in scores.items()} == {n: p.shape for n, p in toy.model.named_parameters()}
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in scores.values())
+    assert log["method"] == method
+    assert set(log["branches"]) == {"camera", "lidar", "fusion"}
+    again, _ = score_weights(toy.model, toy.task, config, seed=1)
+    assert all(torch.equal(scores[name], again[name]) for name in scores)
+    kept = weight_masks(scores, 0.8)
+    total = sum(value.numel() for value in scores.values())
+    assert sum(int(mask.sum()) for mask in kept.values()) == total - round(0.8 * total)
+
+
+def test_both_registries_name_the_same_methods() -> None:
+    assert set(METHODS) == set(WEIGHT_METHODS)
+
+
 @pytest.mark.parametrize("aggregate", ["gate", "abs", "literal"])
 def test_a_dead_channel_scores_lowest_of_its_group(aggregate: str) -> None:
     toy = ConvToy()
@@ -273,10 +302,20 @@ def test_a_dead_channel_scores_lowest_of_its_group(aggregate: str) -> None:
 def test_an_unknown_method_is_refused() -> None:
     toy = ConvToy()
     config = ScoreConfig.model_construct(method="guess")
-    with pytest.raises(
-        RecipeError, match=r"score\.method to be one of \['altermoma', 'magnitude', 'random', 'taylor'\]"
-    ):
+    listed = re.escape(f"score.method to be one of {sorted(METHODS)}; got 'guess'")
+    with pytest.raises(RecipeError, match=listed):
         score_channels(toy.model, toy.task, ToyGraph(toy.groups), config, seed=0)
+    with pytest.raises(RecipeError, match=listed):
+        score_weights(toy.model, toy.task, config, seed=0)
+
+
+def test_auto_must_be_resolved_first() -> None:
+    toy = ConvToy()
+    config = ScoreConfig(method="auto")
+    with pytest.raises(RecipeError, match=r"score\.method that is resolved.*got 'auto'.*choose a method first"):
+        score_channels(toy.model, toy.task, ToyGraph(toy.groups), config, seed=0)
+    with pytest.raises(RecipeError, match=r"score\.method that is resolved"):
+        score_weights(toy.model, toy.task, config, seed=0)
 
 
 def test_taylor_squares_the_gate_of_every_mini_batch_and_averages() -> None:

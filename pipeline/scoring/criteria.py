@@ -1,26 +1,50 @@
-"""Every scoring method behind one signature: AlterMOMA and its controls."""
+"""Every scoring method behind one signature, for channels and for single weights: AlterMOMA and its peers."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import RecipeError, StageError
-from fusepress.pipeline.graph.plan import Group
 from fusepress.pipeline.recipe import ScoreConfig
-from fusepress.pipeline.scoring.altermoma import Grouped, branch_statistics, score_altermoma
-from fusepress.pipeline.scoring.channels import ChannelScorer, channel_rows
-from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_gradients, scoring_batches, silent
-from fusepress.pipeline.scoring.masking import untouched
+from fusepress.pipeline.scoring.altermoma import Grouped, score_altermoma, weight_scores
+from fusepress.pipeline.scoring.common import ChannelMethod, WeightMethod, WeightResult
+from fusepress.pipeline.scoring.gradients import Progress, silent
+from fusepress.pipeline.scoring.norms import (
+    group_norm_weights,
+    lamp_weights,
+    magnitude_weights,
+    random_weights,
+    score_group_norm,
+    score_lamp,
+    score_magnitude,
+    score_random,
+)
 from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.scoring.sensitivity import score_snip, score_taylor, snip_weights, taylor_weights
 from fusepress.pipeline.task import LoadedTask
 
-Method = Callable[..., ScoreResult]
+METHODS: dict[str, ChannelMethod] = {
+    "altermoma": score_altermoma,
+    "group_norm": score_group_norm,
+    "lamp": score_lamp,
+    "magnitude": score_magnitude,
+    "random": score_random,
+    "snip": score_snip,
+    "taylor": score_taylor,
+}
+WEIGHT_METHODS: dict[str, WeightMethod] = {
+    "altermoma": weight_scores,
+    "group_norm": group_norm_weights,
+    "lamp": lamp_weights,
+    "magnitude": magnitude_weights,
+    "random": random_weights,
+    "snip": snip_weights,
+    "taylor": taylor_weights,
+}
 
 
 def score_channels(
@@ -46,14 +70,12 @@ def score_channels(
         One float32 vector a group (higher = keep) and a log.
 
     Raises:
-        RecipeError: an unknown method.
+        RecipeError: an unknown method, or auto.
         StageError: the groups do not fit the model, or a score is not finite.
         TrainingError: a loss or gradient is NaN or infinite.
     """
-    method = METHODS.get(config.method)
-    if method is None:
-        raise RecipeError(f"expected score.method to be one of {sorted(METHODS)}; got {config.method!r}; correct it")
-    result = method(model, task, graph, config, seed=seed, progress=progress)
+    method = _chosen(METHODS, config)
+    result: ScoreResult = method(model, task, graph, config, seed=seed, progress=progress)
     for group in graph.groups:
         vector = result.channel[group.id]
         if vector.shape != (group.width,) or not np.isfinite(vector).all():
@@ -65,101 +87,44 @@ def score_channels(
     return result
 
 
-def score_magnitude(
-    model: nn.Module,
-    task: LoadedTask,
-    graph: Grouped,
-    config: ScoreConfig,
-    *,
-    seed: int,
-    progress: Progress = silent,
-) -> ScoreResult:
-    """L2 norm of the weights that make a channel, divided by the layer's mean; the mean over a group's producers.
+def score_weights(
+    model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Score every single weight (unstructured) with the method that the recipe names.
 
-    Norm scales make raw filter norms incomparable across layers, hence the division. Needs no data.
+    Args:
+        model: the trained dense network; comes back bit-identical, even when an error is raised.
+        task: its data, losses and branches.
+        config: the recipe's score section.
+        seed: of the training batches, and of the random method.
+        progress: called with the fraction done and a text.
+
+    Returns:
+        Parameter name -> scores of its shape (higher = keep) for every floating-point parameter, and a log.
+
+    Raises:
+        RecipeError: an unknown method, or auto.
+        StageError: a score is not finite.
+        TrainingError: a loss or gradient is NaN or infinite.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    scores: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for group in graph.groups:
-            layers = _producer_norms(group, parameters)
-            scores[group.id] = torch.stack(layers).mean(dim=0)
-    progress(1.0, "magnitude")
-    return _result(scores, graph.groups, {"method": "magnitude", "passes": 0, "seed": seed})
+    method = _chosen(WEIGHT_METHODS, config)
+    result: WeightResult = method(model, task, config, seed=seed, progress=progress)
+    for name, value in result[0].items():
+        if not bool(value.isfinite().all()):
+            raise StageError(
+                f"expected finite scores; got {int((~value.isfinite()).sum())} NaN or infinite at {name}; check the "
+                "checkpoint for NaN weights"
+            )
+    return result
 
 
-def _producer_norms(group: Group, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
-    members = [m for m in group.by_role("producer") if m.param in group.producers and m.param in parameters]
-    if not members:
-        raise StageError(
-            f"expected producer weights to score; got none of {list(group.producers)} in the model at group "
-            f"{group.id}; find the groups of this very model"
+def _chosen(methods: Mapping[str, Callable[..., Any]], config: ScoreConfig) -> Callable[..., Any]:
+    if config.method == "auto":
+        raise RecipeError(
+            f"expected a score.method that is resolved, one of {sorted(methods)}; got 'auto' at the scoring itself; "
+            "let the score stage choose a method first, or name one"
         )
-    norms = [channel_rows(parameters[m.param], m, group.width).double().norm(dim=1) for m in members]
-    return [norm / (norm.mean() if bool(norm.any()) else 1.0) for norm in norms]
-
-
-def score_taylor(
-    model: nn.Module,
-    task: LoadedTask,
-    graph: Grouped,
-    config: ScoreConfig,
-    *,
-    seed: int,
-    progress: Progress = silent,
-) -> ScoreResult:
-    """First-order Taylor (Molchanov 2019): the squared derivative of a gate after the norm, averaged over mini-batches.
-
-    A gate that is shared (residual streams) accumulates before it is squared. Evaluation mode, n passes.
-    """
-    scorer = ChannelScorer(model, graph.groups, "gate")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    passes = Passes(total=config.batches, progress=progress)
-    scores: dict[str, Tensor] = {}
-    with untouched(model, seed=seed):
-        for batch in scoring_batches(task, seed, config.batches):
-            mean_gradients(model, task, [batch], passes, "taylor")
-            with torch.no_grad():
-                for group in graph.groups:
-                    square = scorer.signed(lambda name: _product(parameters[name]), group.id).square_()
-                    scores[group.id] = scores[group.id].add_(square) if group.id in scores else square
-    scores = {key: value / config.batches for key, value in scores.items()}
-    return _result(scores, graph.groups, {"method": "taylor", "passes": passes.done, "seed": seed})
-
-
-def _product(parameter: nn.Parameter) -> Tensor:
-    theta = parameter.detach()
-    return torch.zeros_like(theta) if parameter.grad is None else theta * parameter.grad
-
-
-def score_random(
-    model: nn.Module,
-    task: LoadedTask,
-    graph: Grouped,
-    config: ScoreConfig,
-    *,
-    seed: int,
-    progress: Progress = silent,
-) -> ScoreResult:
-    """Uniform noise: the floor that every method must beat. A group's numbers depend on the seed and its id only."""
-    scores = {}
-    for group in graph.groups:
-        words = np.frombuffer(hashlib.sha256(group.id.encode()).digest(), dtype="<u4")
-        generator = np.random.default_rng([seed, *(int(word) for word in words)])
-        scores[group.id] = torch.from_numpy(generator.random(group.width))
-    progress(1.0, "random")
-    return _result(scores, graph.groups, {"method": "random", "passes": 0, "seed": seed})
-
-
-def _result(scores: dict[str, Tensor], groups: Sequence[Group], log: dict[str, Any]) -> ScoreResult:
-    log["branches"] = branch_statistics(scores, {group.id: group.branch for group in groups})
-    channel = {key: value.cpu().numpy().astype(np.float32) for key, value in scores.items()}
-    return ScoreResult(channel=channel, log=log)
-
-
-METHODS: dict[str, Method] = {
-    "altermoma": score_altermoma,
-    "taylor": score_taylor,
-    "magnitude": score_magnitude,
-    "random": score_random,
-}
+    method = methods.get(config.method)
+    if method is None:
+        raise RecipeError(f"expected score.method to be one of {sorted(methods)}; got {config.method!r}; correct it")
+    return method
