@@ -90,6 +90,7 @@ def problems(draw: st.DrawFn) -> tuple[GroupGraph, CostTable, Scores, PruneConfi
             "floor": draw(st.sampled_from([0.0, 0.1, 0.5])),
             "min_channels": draw(st.sampled_from([1, 8])),
             "branches": shares,
+            "allocation": draw(st.sampled_from(["global", "importance"])),
         }
     )
     scores = random_scores(graph, draw(st.integers(0, 10**6)), low=draw(st.sampled_from([0.0, -1.0])))

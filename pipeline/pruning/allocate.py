@@ -1,24 +1,43 @@
-"""How many channels of each group stay: one global ranking, aligned steps, never above the budget, and maximal.
+"""How many channels of each group stay: aligned steps, never above the budget.
 
-Channels leave in blocks of the target's channel multiple, the block first that loses the least score per cost saved.
-Costs are taken anew after every block, for a layer's cost is the product of its two widths. What the last block saved
-too much is then given back wherever an aligned step still fits. No torch here.
+`global` is one ranking (`ranking.py`): channels leave in blocks of the target's channel multiple, the block first that
+loses the least score per cost saved. Costs are taken anew after every block, for a layer's cost is the product of its
+two widths. What the last block saved too much is then given back wherever an aligned step still fits. `importance`
+keeps the most score that the budget buys (HALP's latency-saliency knapsack, arXiv 2110.10811), and `distortion` changes
+the outputs least (RD-Prune, arXiv 2308.10438; MMPrune4U adds the modalities' information): both are knapsacks
+(`knapsack.py`) iterated over the neighbours' widths (`budget.py`). The budget is a fraction of the MACs or parameters,
+or a predicted latency (`spend.py`). No torch here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fusepress.pipeline.errors import RecipeError, StageError
-from fusepress.pipeline.graph.cost import CostTable, Ints, Unit
+from fusepress.pipeline.errors import StageError
+from fusepress.pipeline.graph.cost import CostTable
 from fusepress.pipeline.graph.plan import Group, GroupGraph
+from fusepress.pipeline.pruning.budget import Outcome, Problem, minimise, spend_all
+from fusepress.pipeline.pruning.ladders import ladder_widths
+from fusepress.pipeline.pruning.ranking import Ladder, Ranking
+from fusepress.pipeline.pruning.spend import LatencyLike, Limit, Spend, require, spend_and_limits
 from fusepress.pipeline.recipe import PruneConfig
+
+
+class CurveLike(Protocol):
+    """What a group's widths do to the outputs when it alone is narrowed."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of the group's ladder, dense first."""
+
+    def total(self, eta: float, reading: Any) -> npt.NDArray[Any]:
+        """Distortion and `eta` times the loss of information at each width, (K,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +49,14 @@ class Allocation:
         kept: sorted channel numbers a group: those with the highest scores, ties to the lower number.
         achieved: kept fraction of the dense cost.
         budget: the fraction that was asked for.
-        gap: budget - achieved; smaller than any aligned step that could be given back.
+        gap: budget - achieved; of the allocations global and importance smaller than any aligned step that could be
+            given back.
         notes: groups that could not follow the alignment, and why.
+        unit: what the budget counts: macs, params or latency_ms.
+        objective: what the allocation minimises, at these widths: the score that is lost (global, importance), or the
+            summed distortion and information terms (distortion).
+        iterations: knapsacks solved; 0 of the allocation global.
+        removed_blocks: groups of width 0: whole residual blocks that go.
     """
 
     widths: dict[str, int]
@@ -40,63 +65,56 @@ class Allocation:
     budget: float
     gap: float
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ladder:
-    """The widths that a group may take, from dense downwards, and the summed score that each keeps."""
-
-    widths: tuple[int, ...]
-    worth: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Limit:
-    """An upper bound on the cost of the model (branch None) or of one branch."""
-
-    key: str
-    branch: str | None
-    fraction: float
-    dense: int
-
-    def exceeded(self, cost: Ints) -> npt.NDArray[np.bool_]:
-        over: npt.NDArray[np.bool_] = cost > self.fraction * self.dense
-        return over
+    unit: str
+    objective: float
+    iterations: int = 0
+    removed_blocks: tuple[str, ...] = ()
 
 
 def allocate(
-    scores: Mapping[str, npt.NDArray[Any]], graph: GroupGraph, cost: CostTable, config: PruneConfig, *, align: int
+    scores: Mapping[str, npt.NDArray[Any]],
+    graph: GroupGraph,
+    cost: CostTable,
+    config: PruneConfig,
+    *,
+    align: int,
+    distortion: Mapping[str, CurveLike] | None = None,
+    latency: LatencyLike | None = None,
+    removable: Collection[str] = (),
 ) -> Allocation:
     """Choose the widths and channels that stay.
 
     Args:
-        scores: one vector (width,) a group; higher = keep.
+        scores: one vector (width,) a group; higher = keep. They choose the channels inside a group in every mode.
         graph: the groups.
         cost: their costs.
-        config: budget, ranking, floors, kept modules, budgets of branches.
+        config: budget, allocation, ranking, floors, kept modules, budgets of branches.
         align: channel multiple of the target; widths are multiples of it where the dense width allows.
+        distortion: one curve a group, for the allocation distortion.
+        latency: the target's prediction, for a budget in milliseconds.
+        removable: groups that may take width 0 where `config.blocks` is set; not of the allocation global, whose
+            ranking knows single blocks of channels only.
 
     Returns:
-        Widths within every budget, such that one more aligned step of any group would break one.
+        Widths within every budget by their true cost. With the allocations global and importance one more aligned
+        step of any group would break a budget; with distortion more is kept only where that is measured to help.
 
     Raises:
         RecipeError: a budget is below what floors, alignment and kept modules allow; the least fraction is named.
-        StageError: scores are missing, of the wrong length or not finite.
+        StageError: scores, curves or the latency are missing, of the wrong length or not finite.
     """
-    unit: Unit = "macs" if config.macs is not None else "params"
     orders = {group.id: _order(group, scores) for group in graph.groups}
     notes: list[str] = []
-    ladders = [_ladder(group, orders[group.id], scores[group.id], config, align, notes) for group in graph.groups]
-    limits = _limits(cost, config, unit)
-    search = _Search(ladders=ladders, cost=cost, unit=unit, per_cost=config.rank == "score_per_cost")
-    for limit in limits:
-        search.require(limit)
-    for limit in reversed(limits):  # branches first: what they need counts for the whole
-        search.cut(limit)
-    search.give_back(limits)
-    widths = {group.id: int(width) for group, width in zip(graph.groups, search.widths(), strict=True)}
+    allowed = removable if config.allocation != "global" else ()
+    ladders = [
+        _ladder(group, orders[group.id], scores[group.id], ladder_widths(group, config, align, notes, allowed))
+        for group in graph.groups
+    ]
+    spend, limits = spend_and_limits(cost, config, latency)
+    solved = _solve(ladders, spend, limits, config, _losses(graph, ladders, config, distortion))
+    widths = {g.id: ladder.widths[k] for g, ladder, k in zip(graph.groups, ladders, solved.level, strict=True)}
     whole = limits[0]
-    achieved = float(cost.total(unit, search.widths())) / max(1, whole.dense)
+    achieved = float(spend.total(cost.vector(widths))) / max(1, whole.dense)
     return Allocation(
         widths=widths,
         kept={group.id: _kept(group, orders[group.id], widths[group.id]) for group in graph.groups},
@@ -104,7 +122,67 @@ def allocate(
         budget=whole.fraction,
         gap=whole.fraction - achieved,
         notes=tuple(notes),
+        unit=whole.key.removeprefix("prune."),
+        objective=solved.value,
+        iterations=solved.iterations,
+        removed_blocks=tuple(group for group, width in widths.items() if width == 0),
     )
+
+
+def _solve(
+    ladders: list[Ladder],
+    spend: Spend,
+    limits: Sequence[Limit],
+    config: PruneConfig,
+    losses: tuple[npt.NDArray[np.float64], ...],
+) -> Outcome:
+    meters = tuple(spend.meter([ladder.widths for ladder in ladders], limit.branch) for limit in limits)
+    require(limits, meters, [len(ladder.widths) for ladder in ladders])
+    problem = Problem(values=losses, meters=meters, capacities=tuple(math.floor(limit.bound) for limit in limits))
+    if config.allocation == "importance":
+        return spend_all(problem)
+    if config.allocation == "distortion":
+        return minimise(problem)
+    ranking = Ranking(ladders=ladders, spend=spend, per_cost=config.rank == "score_per_cost")
+    for limit in reversed(limits):  # branches first: what they need counts for the whole
+        ranking.cut(limit)
+    ranking.give_back(limits)
+    value = problem.value(np.array(ranking.level, dtype=np.int64))
+    return Outcome(level=tuple(ranking.level), value=value, iterations=0)
+
+
+def _losses(
+    graph: GroupGraph, ladders: Sequence[Ladder], config: PruneConfig, distortion: Mapping[str, CurveLike] | None
+) -> tuple[npt.NDArray[np.float64], ...]:
+    """What each width of each group loses, G vectors (K_g,)."""
+    if config.allocation != "distortion":
+        return tuple(ladder.worth[0] - np.array(ladder.worth) for ladder in ladders)
+    losses = []
+    for group, ladder in zip(graph.groups, ladders, strict=True):
+        curve = (distortion or {}).get(group.id)
+        if curve is None or tuple(curve.widths) != ladder.widths:
+            got = "none" if curve is None else f"one over the widths {tuple(curve.widths)}"
+            raise StageError(
+                f"expected a distortion curve over the widths {ladder.widths}; got {got} at {group.id}; "
+                "measure the distortion table with these ladders"
+            )
+        loss = np.asarray(curve.total(_eta(config), config.distortion.reading), dtype=np.float64)
+        if loss.shape != (len(ladder.widths),) or not np.isfinite(loss).all():
+            raise StageError(
+                f"expected {len(ladder.widths)} finite distortions; got shape {loss.shape}, "
+                f"{int((~np.isfinite(loss)).sum())} of them not finite, at {group.id}; check the calibration samples"
+            )
+        losses.append(loss)
+    return tuple(losses)
+
+
+def _eta(config: PruneConfig) -> float:
+    eta = config.distortion.eta
+    if isinstance(eta, str):
+        raise StageError(
+            f"expected a number for prune.distortion.eta here; got {eta!r}; resolve it from the distortion table first"
+        )
+    return eta
 
 
 def _order(group: Group, scores: Mapping[str, npt.NDArray[Any]]) -> list[list[int]]:
@@ -124,114 +202,9 @@ def _kept(group: Group, order: Sequence[Sequence[int]], width: int) -> list[int]
     return sorted(c for part in order for c in part[: width // group.multiple])
 
 
-def _ladder(
-    group: Group,
-    order: Sequence[Sequence[int]],
-    scores: npt.NDArray[Any],
-    config: PruneConfig,
-    align: int,
-    notes: list[str],
-) -> _Ladder:
-    step = math.lcm(align, group.multiple)
-    lowest = max(1, config.min_channels, math.ceil(config.floor * group.width - 1e-9))
-    widths = [group.width]
-    if any(_inside(producer, path) for producer in group.producers for path in config.keep):
-        notes.append(f"{group.id}: kept by prune.keep")
-    elif group.width <= step:
-        notes.append(f"{group.id}: stays at {group.width}, no wider than one aligned step of {step}")
-    else:
-        widths += [w for w in range(group.width // step * step, 0, -step) if lowest <= w < group.width]
-        if group.width % step:
-            notes.append(f"{group.id}: the dense width {group.width} is no multiple of {step}; narrower ones are")
+def _ladder(group: Group, order: Sequence[Sequence[int]], scores: npt.NDArray[Any], widths: tuple[int, ...]) -> Ladder:
     worth = [float(sum(float(scores[c]) for c in _kept(group, order, width))) for width in widths]
-    return _Ladder(widths=tuple(widths), worth=tuple(worth))
+    return Ladder(widths=widths, worth=tuple(worth))
 
 
-def _inside(param: str, path: str) -> bool:
-    return param == path or param.startswith(f"{path}.")
-
-
-def _limits(cost: CostTable, config: PruneConfig, unit: Unit) -> list[_Limit]:
-    fraction = config.macs if config.macs is not None else config.params
-    assert fraction is not None
-    limits = [_Limit(key=f"prune.{unit}", branch=None, fraction=fraction, dense=int(cost.total(unit, cost.dense)))]
-    known = list(cost.branch_totals())
-    for branch, share in config.branches.items():
-        if branch not in known:
-            raise RecipeError(
-                f"expected prune.branches to name branches of the model ({', '.join(known)}); "
-                f"got {branch!r}; correct it"
-            )
-        dense = int(cost.total(unit, cost.dense, branch))
-        limits.append(_Limit(key=f"prune.branches.{branch}", branch=branch, fraction=share, dense=dense))
-    return limits
-
-
-class _Search:
-    """Where every group stands on its ladder."""
-
-    def __init__(self, *, ladders: list[_Ladder], cost: CostTable, unit: Unit, per_cost: bool) -> None:
-        self.ladders = ladders
-        self.cost = cost
-        self.unit: Unit = unit
-        self.per_cost = per_cost
-        self.level = [0] * len(ladders)
-
-    def widths(self, level: Sequence[int] | None = None) -> Ints:
-        chosen = self.level if level is None else level
-        return np.array([ladder.widths[at] for ladder, at in zip(self.ladders, chosen, strict=True)], dtype=np.int64)
-
-    def require(self, limit: _Limit) -> None:
-        """Refuse a budget that even the smallest widths break."""
-        least = int(self.cost.total(self.unit, self.widths([len(x.widths) - 1 for x in self.ladders]), limit.branch))
-        if limit.exceeded(np.array(least)):
-            fraction = math.ceil(least / max(1, limit.dense) * 1000) / 1000
-            raise RecipeError(
-                f"expected {limit.key} >= {fraction:.3f}, the least that floors, alignment and kept modules leave; "
-                f"got {limit.fraction:g}; raise it, or lower prune.floor, prune.min_channels or prune.align"
-            )
-
-    def cut(self, limit: _Limit) -> None:
-        """Remove blocks, the cheapest loss first, until the limit holds."""
-        while limit.exceeded(here := self.cost.total(self.unit, self.widths(), limit.branch)):
-            groups = [g for g, ladder in enumerate(self.ladders) if self.level[g] + 1 < len(ladder.widths)]
-            trial = self._moved(groups, 1)
-            saved = here - self.cost.total(self.unit, trial, limit.branch)
-            useful = [k for k in range(len(groups)) if saved[k] > 0]
-            best = min(useful, key=lambda k: (self._loss(groups[k], self.level[groups[k]], int(saved[k])), groups[k]))
-            self.level[groups[best]] += 1
-
-    def give_back(self, limits: Sequence[_Limit]) -> None:
-        """Restore blocks, the best first, until none fits any more."""
-        while groups := [g for g in range(len(self.ladders)) if self.level[g] > 0]:
-            trial = self._moved(groups, -1)
-            broken = np.zeros(len(groups), dtype=bool)
-            for limit in limits:
-                broken |= limit.exceeded(self.cost.total(self.unit, trial, limit.branch))
-            fits = [k for k in range(len(groups)) if not broken[k]]
-            if not fits:
-                return
-            spent = self.cost.total(self.unit, trial) - self.cost.total(self.unit, self.widths())
-            best = max(
-                fits, key=lambda k: (self._loss(groups[k], self.level[groups[k]] - 1, int(spent[k])), -groups[k])
-            )
-            self.level[groups[best]] -= 1
-
-    def _moved(self, groups: Sequence[int], by: int) -> Ints:
-        """Widths (len(groups), G) with each of the groups in turn moved by one level."""
-        trial = np.repeat(self.widths()[None], len(groups), axis=0)
-        for row, g in enumerate(groups):
-            trial[row, g] = self.ladders[g].widths[self.level[g] + by]
-        return trial
-
-    def _loss(self, g: int, level: int, saved: int) -> float:
-        """Score lost between a level and the next one down, per cost or per channel.
-
-        The ratio ranks negative scores rightly too: it is the Lagrangian order when the budget is to be filled.
-        """
-        ladder = self.ladders[g]
-        lost = ladder.worth[level] - ladder.worth[level + 1]
-        return lost / max(1, saved) if self.per_cost else lost / (ladder.widths[level] - ladder.widths[level + 1])
-
-
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "CurveLike", "allocate"]

@@ -1,0 +1,212 @@
+"""What a budget counts: multiply-accumulates, parameters or predicted latency, all in whole units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fusepress.pipeline.errors import RecipeError, StageError
+from fusepress.pipeline.graph.cost import CostTable, Ints, Unit
+from fusepress.pipeline.pruning.budget import Meter, Opaque, least, table_meter, widths_at
+from fusepress.pipeline.recipe import PruneConfig
+
+NANOSECONDS = 1e6  # in a millisecond: latency is counted in whole ones
+
+
+class LatencyLike(Protocol):
+    """Predicted latency of the model as a function of the groups' widths."""
+
+    def latency_ms(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds at these widths."""
+
+    def curve(self, group_id: str, widths: Mapping[str, int], options: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Milliseconds of the whole model when this group alone takes each of the options, (K,)."""
+
+
+class Spend(Protocol):
+    """The cost of the model, or of one branch of it, in whole units."""
+
+    def total(self, widths: Ints, branch: str | None = None) -> Ints:
+        """Cost at these widths: (G,) -> (), or (B, G) -> (B,)."""
+
+    def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
+        """The same cost as a function of levels of the ladders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSpend:
+    """Multiply-accumulates or parameters."""
+
+    table: CostTable
+    unit: Unit
+
+    def total(self, widths: Ints, branch: str | None = None) -> Ints:
+        """Cost at these widths: (G,) -> (), or (B, G) -> (B,)."""
+        return self.table.total(self.unit, widths, branch)
+
+    def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
+        """The same cost as a function of levels of the ladders."""
+        return table_meter(self.table, self.unit, ladders, branch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencySpend:
+    """Predicted latency in nanoseconds, rounded up.
+
+    Attributes:
+        latency: predicts it.
+        ids: the groups, in the order of the widths.
+        budget_ms: what is allowed; a latency above it is never rounded to it.
+    """
+
+    latency: LatencyLike
+    ids: tuple[str, ...]
+    budget_ms: float
+    _known: dict[bytes, int] = field(default_factory=dict)
+
+    def total(self, widths: Ints, branch: str | None = None) -> Ints:
+        """Latency at these widths: (G,) -> (), or (B, G) -> (B,)."""
+        assert branch is None
+        rows = np.ascontiguousarray(widths, dtype=np.int64).reshape(-1, len(self.ids))
+        counted = np.array([self._one(row) for row in rows], dtype=np.int64)
+        return counted.reshape(np.shape(widths)[:-1])
+
+    def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
+        """The same cost as a function of levels of the ladders."""
+        assert branch is None
+
+        def alone(level: Ints) -> list[Ints]:
+            widths = self._named(widths_at(ladders, level))
+            return [
+                self._counted(self.latency.curve(group, widths, ladder))
+                for group, ladder in zip(self.ids, ladders, strict=True)
+            ]
+
+        return Opaque(
+            count=lambda levels: self.total(widths_at(ladders, levels)),
+            sizes=tuple(len(ladder) for ladder in ladders),
+            alone=alone,
+        )
+
+    def _named(self, widths: Ints) -> dict[str, int]:
+        return dict(zip(self.ids, widths.tolist(), strict=True))
+
+    def _one(self, widths: Ints) -> int:
+        key = widths.tobytes()
+        if key not in self._known:
+            self._known[key] = int(self._counted(np.array(self.latency.latency_ms(self._named(widths)))))
+        return self._known[key]
+
+    def _counted(self, ms: npt.NDArray[np.float64]) -> Ints:
+        ms = np.asarray(ms, dtype=np.float64)
+        if not (np.isfinite(ms) & (ms >= 0)).all():
+            raise StageError("expected finite predicted latencies; got NaN or infinity; predict the target again")
+        above = math.ceil(self.budget_ms * NANOSECONDS) + 1
+        counted: Ints = np.ceil(ms * NANOSECONDS).astype(np.int64)
+        return np.where(ms > self.budget_ms, np.maximum(counted, above), counted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """An upper bound on the cost of the model (branch None) or of one branch.
+
+    Attributes:
+        key: where the recipe sets it.
+        branch: whose cost it bounds.
+        given: the recipe's number.
+        bound: the same in units of the spend.
+        dense: the dense model's cost.
+    """
+
+    key: str
+    branch: str | None
+    given: float
+    bound: float
+    dense: int
+
+    @property
+    def fraction(self) -> float:
+        """What is allowed of the dense cost."""
+        return self.bound / max(1, self.dense) if self.key == "prune.latency_ms" else self.given
+
+    def exceeded(self, cost: Ints) -> npt.NDArray[np.bool_]:
+        """Whether costs are above the bound."""
+        over: npt.NDArray[np.bool_] = cost > self.bound
+        return over
+
+    def refusal(self, lowest: int) -> RecipeError:
+        """The error that names the least value that the recipe could have here."""
+        scale = NANOSECONDS if self.key == "prune.latency_ms" else max(1, self.dense)
+        return RecipeError(
+            f"expected {self.key} >= {math.ceil(lowest / scale * 1000) / 1000:.3f}, the least that floors, alignment "
+            f"and kept modules leave; got {self.given:g}; raise it, or lower prune.floor, prune.min_channels or "
+            "prune.align"
+        )
+
+
+def spend_and_limits(
+    table: CostTable, config: PruneConfig, latency: LatencyLike | None
+) -> tuple[Spend, tuple[Limit, ...]]:
+    """What the recipe's budget counts, and its bounds, the model's first.
+
+    Raises:
+        RecipeError: a budget of an unknown branch, or of a branch's latency.
+        StageError: a budget in milliseconds without a prediction.
+    """
+    if config.latency_ms is not None:
+        return _latency(table, config, config.latency_ms, latency)
+    unit: Unit = "macs" if config.macs is not None else "params"
+    fraction = config.macs if config.macs is not None else config.params
+    assert fraction is not None
+    dense = int(table.total(unit, table.dense))
+    limits = [Limit(key=f"prune.{unit}", branch=None, given=fraction, bound=fraction * dense, dense=dense)]
+    known = list(table.branch_totals())
+    for branch, share in config.branches.items():
+        if branch not in known:
+            raise RecipeError(
+                f"expected prune.branches to name branches of the model ({', '.join(known)}); "
+                f"got {branch!r}; correct it"
+            )
+        whole = int(table.total(unit, table.dense, branch))
+        key = f"prune.branches.{branch}"
+        limits.append(Limit(key=key, branch=branch, given=share, bound=share * whole, dense=whole))
+    return TableSpend(table=table, unit=unit), tuple(limits)
+
+
+def _latency(
+    table: CostTable, config: PruneConfig, budget_ms: float, latency: LatencyLike | None
+) -> tuple[Spend, tuple[Limit, ...]]:
+    if config.branches:
+        raise RecipeError(
+            f"expected prune.branches only beside prune.macs or prune.params; got {next(iter(config.branches))!r} "
+            "beside prune.latency_ms, which is the model's alone; leave it out"
+        )
+    if latency is None:
+        raise StageError(
+            "expected a latency prediction for prune.latency_ms; got none at allocate; give `latency`, or a budget "
+            "in prune.macs"
+        )
+    spend = LatencySpend(latency=latency, ids=table.ids, budget_ms=budget_ms)
+    bound = float(math.ceil(budget_ms * NANOSECONDS))
+    dense = int(spend.total(table.dense))
+    return spend, (Limit(key="prune.latency_ms", branch=None, given=budget_ms, bound=bound, dense=dense),)
+
+
+def require(limits: Sequence[Limit], meters: Sequence[Meter], sizes: Sequence[int]) -> None:
+    """Refuse budgets that even the smallest widths break.
+
+    Raises:
+        RecipeError: the least budget is named.
+    """
+    for limit, meter in zip(limits, meters, strict=True):
+        lowest = int(meter.total(least(meter, sizes)[None])[0])
+        if limit.exceeded(np.array(lowest)):
+            raise limit.refusal(lowest)
+
+
+__all__ = ["LatencyLike", "LatencySpend", "Limit", "Spend", "TableSpend", "require", "spend_and_limits"]
