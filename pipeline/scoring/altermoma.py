@@ -9,6 +9,17 @@ With theta the trained dense weights, D a fixed set of training batches and B re
   N(ReRI) over the stages in which another modality is masked, the fusion over all stages. With two modalities that is
   the paper's formula: one stage for a branch, halves for the fusion. In every branch the scores add up to alpha - beta.
 
+Three options go beyond the paper:
+
+* `normalise`: `parameter` divides by the sum over each key (a weight tensor, or a coupled group) instead. `cost` is
+  `branch` times the share of the model's prunable multiply-accumulates (summed over groups: width times what one
+  channel costs in the dense model) that the branch holds: then every branch has the same mean score per operation,
+  and no branch is favoured for being small.
+* `reactivation`: controls that tell what the second term measures. `unmasked` trains the same parameters on the same
+  batches with nothing masked. `permuted` feeds the fusion the modality's features of another sample. `noise` masks and
+  trains, but then replaces the way that each parameter tensor went by a random direction of the same length.
+* `beta: auto` (`redundancy.py`).
+
 Where the paper is silent, and what holds here: both gradients use the same data (with other data ReRI is mostly noise
 at small steps); all passes are in evaluation mode (running statistics frozen; in training mode the literal channel
 score is identically zero before a BatchNorm); reactivation is plain SGD as in eq. 16, or Adam with a fresh state.
@@ -19,6 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,7 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import TaskError, UsageError
-from fusepress.pipeline.graph.plan import Group
+from fusepress.pipeline.graph.cost import CostModel
+from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.channels import ChannelScorer, Product, Scorer, WeightScorer
 from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_gradients, reactivate, scoring_batches, silent
@@ -38,8 +51,11 @@ from fusepress.pipeline.scoring.masking import (
     check_masked_gradients,
     masked,
     masking_equals_zeroing,
+    shuffled_output,
     untouched,
+    zeros_like_output,
 )
+from fusepress.pipeline.scoring.redundancy import resolve_beta
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.task import Batch, LoadedTask
 
@@ -63,6 +79,7 @@ def score_altermoma(
     *,
     seed: int,
     progress: Progress = silent,
+    cost: Mapping[str, float] | None = None,
 ) -> ScoreResult:
     """AlterMOMA scores of the channels of every coupled group.
 
@@ -76,14 +93,20 @@ def score_altermoma(
         config: alpha, beta, batches, reactivation, aggregation.
         seed: of the training batches.
         progress: called with the fraction done and a text.
+        cost: group id -> multiply-accumulates of one channel, for `normalise: cost`; counted if not given.
 
     Raises:
         TrainingError: a loss or gradient is NaN or infinite.
         TaskError: a branch cannot be masked, or the training split is empty.
+        UsageError: costs are needed and can neither be found in `cost` nor be counted.
     """
+    config, found = _with_beta(model, task, config, seed, progress)
     scorer = ChannelScorer(model, graph.groups, config.aggregate)
-    scores, log = alternate(model, task, scorer, config, seed=seed, progress=progress)
-    log |= {"aggregate": config.aggregate, "branches": branch_statistics(scores, scorer.branch_of)}
+    mass = None
+    if config.normalise == "cost":
+        mass = cost_shares(graph.groups, channel_macs(model, task, graph) if cost is None else cost)
+    scores, log = alternate(model, task, scorer, config, seed=seed, mass=mass, progress=progress)
+    log |= found | {"aggregate": config.aggregate, "branches": branch_statistics(scores, scorer.branch_of)}
     channel = {key: value.cpu().numpy().astype(np.float32) for key, value in scores.items()}
     return ScoreResult(channel=channel, log=log)
 
@@ -97,7 +120,7 @@ def weight_scores(
     order: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """AlterMOMA scores of every single weight, as in the paper (unstructured).
+    """AlterMOMA scores of every single weight, as in the paper (unstructured); knows no `normalise: cost`.
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -113,12 +136,60 @@ def weight_scores(
     Raises:
         TrainingError: a loss or gradient is NaN or infinite.
         TaskError: a branch cannot be masked, or the training split is empty.
+        UsageError: `normalise: cost`.
     """
+    config, measured = _with_beta(model, task, config, seed, progress)
     branch_of = branch_of_parameters(model, task.branches)
     floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     scorer = WeightScorer({name: branch for name, branch in branch_of.items() if name in floating})
     scores, log = alternate(model, task, scorer, config, seed=seed, order=order, progress=progress)
-    return scores, log | {"branches": branch_statistics(scores, scorer.branch_of)}
+    return scores, log | measured | {"branches": branch_statistics(scores, scorer.branch_of)}
+
+
+def _with_beta(
+    model: nn.Module, task: LoadedTask, config: ScoreConfig, seed: int, progress: Progress
+) -> tuple[ScoreConfig, dict[str, Any]]:
+    """The config with beta as a number, and what `beta: auto` adds to the log."""
+    if config.beta != "auto":
+        return config, {}
+    beta, log = resolve_beta(model, task, config, seed=seed, progress=progress)
+    return config.model_copy(update={"beta": beta}), {"auto_beta": log}
+
+
+def channel_macs(model: nn.Module, task: LoadedTask, graph: Grouped) -> dict[str, float]:
+    """What one channel of each group costs in the dense model: multiply-accumulates that go when it goes.
+
+    Raises:
+        UsageError: the groups came without the graph that costs are counted on.
+    """
+    if not isinstance(graph, GroupGraph):
+        raise UsageError(
+            f"expected a GroupGraph to count costs on for score.normalise: cost; got {type(graph).__name__}; pass "
+            "cost={group id: MACs of a channel}"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = next(task.train_batches(0))
+    table = CostModel(graph, model, {name: value[:1].to(device) for name, value in batch.inputs.items()})
+    return {g.id: table.step_cost("macs", g.id, {}, g.multiple) / g.multiple for g in graph.groups}
+
+
+def cost_shares(groups: Sequence[Group], cost: Mapping[str, float]) -> dict[str, float]:
+    """Branch -> its share of the summed costs of all groups (width times the cost of a channel).
+
+    Raises:
+        UsageError: a group has no cost, or nothing costs anything.
+    """
+    missing = [group.id for group in groups if group.id not in cost]
+    totals: dict[str, float] = {}
+    for group in groups:
+        totals[group.branch] = totals.get(group.branch, 0.0) + group.width * cost.get(group.id, 0.0)
+    whole = math.fsum(totals.values())
+    if missing or whole <= 0:
+        raise UsageError(
+            f"expected the cost of a channel for every group, not all zero; got {len(groups) - len(missing)} of "
+            f"{len(groups)} at cost; give the multiply-accumulates of one channel"
+        )
+    return {branch: total / whole for branch, total in totals.items()}
 
 
 def weight_masks(scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
@@ -151,9 +222,20 @@ def alternate(
     *,
     seed: int,
     order: Sequence[str] | None = None,
+    mass: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The algorithm itself, whatever a key of the scorer is (a weight tensor or a coupled group).
+
+    Args:
+        model: the trained dense network; comes back bit-identical.
+        task: its data, losses and branches.
+        scorer: what a score belongs to.
+        config: with beta as a number.
+        seed: of the training batches.
+        order: in which the modalities are masked.
+        mass: branch -> what its normalised scores add up to, for `normalise: cost`.
+        progress: called with the fraction done and a text.
 
     Returns:
         Key -> S, and the log.
@@ -161,8 +243,15 @@ def alternate(
     Raises:
         TrainingError: a loss or gradient is NaN or infinite.
         TaskError: a branch cannot be masked, or the training split is empty.
+        UsageError: `normalise: cost` without masses.
     """
     check_branches(model, task.branches)
+    if config.normalise == "cost" and mass is None:
+        raise UsageError(
+            "expected score.normalise: branch or parameter where single weights are scored; got 'cost'; costs are "
+            "those of channels"
+        )
+    pools = {key: key for key in scorer.branch_of} if config.normalise == "parameter" else scorer.branch_of
     stages = _stage_order(task, config, order)
     passes = Passes(
         total=config.batches + len(stages) * (2 * config.batches + config.reactivation_batches), progress=progress
@@ -172,13 +261,13 @@ def alternate(
             model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot
         )
         contribution, loss = run.contribution()
-        scores = normalise(contribution, scorer.branch_of)
+        scores = normalise(contribution, pools, mass)
         redundancy: dict[str, Tensor] = {}
         logs = []
         for modality in stages:
             found, stage_log = run.redundancy(modality)
             logs.append(stage_log)
-            for key, value in normalise(found, scorer.branch_of).items():
+            for key, value in normalise(found, pools, mass).items():
                 share = value.div_(_stages_seen(scorer.branch_of[key], task.branches))
                 redundancy[key] = redundancy[key].add_(share) if key in redundancy else share
     for key, value in scores.items():
@@ -189,6 +278,8 @@ def alternate(
         "method": "altermoma",
         "alpha": config.alpha,
         "beta": config.beta,
+        "normalise": config.normalise,
+        "reactivation": config.reactivation,
         "seed": seed,
         "loss": loss,
         "samples": sum(batch.size for batch in run.data),
@@ -225,17 +316,21 @@ def _stages_seen(branch: str, branches: Mapping[str, Any]) -> int:
     return len(branches) - 1 if branch in branches else len(branches)
 
 
-def normalise(values: Mapping[str, Tensor], branch_of: Mapping[str, str]) -> dict[str, Tensor]:
+def normalise(
+    values: Mapping[str, Tensor], branch_of: Mapping[str, str], mass: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
     """N(v): divide by the sum over the branch; a branch without any mass stays zero instead of 0/0.
 
     Args:
         values: key -> non-negative numbers; divided in place.
-        branch_of: key -> branch.
+        branch_of: key -> branch (or whatever shares a sum).
+        mass: branch -> what its values add up to; default 1.
     """
     sums: dict[str, list[float]] = {}
     for key, value in values.items():
         sums.setdefault(branch_of[key], []).append(float(value.sum(dtype=torch.float64)))
-    totals = {branch: math.fsum(parts) for branch, parts in sums.items()}
+    wanted = dict.fromkeys(sums, 1.0) if mass is None else mass
+    totals = {branch: math.fsum(parts) / (wanted[branch] or 1.0) for branch, parts in sums.items()}
     return {key: value.div_(totals[branch_of[key]] or 1.0) for key, value in values.items()}
 
 
@@ -274,16 +369,20 @@ class Alternation:
     def redundancy(self, modality: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """ReRI of every key outside the masked modality, and the log of the stage; the model is put back."""
         branch_of = branch_of_parameters(self.model, self.task.branches)
-        where = f"{modality} masked"
+        where = f"{modality} {'masked' if self.config.reactivation == 'noise' else self.config.reactivation}"
         equal = masking_equals_zeroing(self.model, self._inputs(), self.task.branches, modality)
         others = [p for name, p in self.model.named_parameters() if branch_of[name] != modality]
         try:
-            with masked(self.model, self.task.branches[modality], modality):
+            with self._silenced(modality):
                 before = mean_gradients(self.model, self.task, self.data, self.passes, where)
-                check_masked_gradients(self.model, branch_of, modality)
+                if self.config.reactivation in ("masked", "noise"):
+                    check_masked_gradients(self.model, branch_of, modality)
                 self._freeze(branch_of, modality)
                 first = {p: p.grad.detach().clone() for p in others if p.grad is not None}
                 steps = self._reactivate(others, where)
+                if self.config.reactivation == "noise":
+                    self._scatter(others, modality)
+                moved = self._moved(others)
                 after = mean_gradients(self.model, self.task, self.data, self.passes, f"{where}, reactivated")
             keys = [key for key, branch in self.scorer.branch_of.items() if branch != modality]
             values = self.scorer.scores(self._product(first), keys)
@@ -294,9 +393,40 @@ class Alternation:
             "loss_before": before,
             "loss_after": after,
             "steps": steps,
+            "moved": moved,
             "zeroed_parameters_equal": equal,
         }
         return values, log
+
+    def _silenced(self, modality: str) -> AbstractContextManager[None]:
+        """What the stage does to the modality: nothing in the unmasked control."""
+        if self.config.reactivation == "unmasked":
+            return nullcontext()
+        change = shuffled_output if self.config.reactivation == "permuted" else zeros_like_output
+        return masked(self.model, self.task.branches[modality], modality, change)
+
+    @torch.no_grad()
+    def _scatter(self, parameters: Iterable[nn.Parameter], modality: str) -> None:
+        """Replace each tensor's way from theta by a random direction of the same length.
+
+        The directions depend on the seed and the modality, not on the order of the stages.
+        """
+        words = [self.seed, *modality.encode()]
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
+        )
+        for parameter in parameters:
+            theta = self.snapshot.initial[parameter]
+            length = (parameter - theta).norm()
+            drawn = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
+            parameter.copy_(theta + drawn.mul_(length / drawn.norm().clamp_min(1e-30)))
+
+    @torch.no_grad()
+    def _moved(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Length of the way from theta, relative to the length of theta."""
+        pairs = [(p, self.snapshot.initial[p]) for p in parameters]
+        way = math.fsum(float((p - theta).double().square().sum()) for p, theta in pairs)
+        return math.sqrt(way / (math.fsum(float(theta.double().square().sum()) for _, theta in pairs) or 1.0))
 
     def _inputs(self) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -355,7 +485,7 @@ def _notes(task: LoadedTask, config: ScoreConfig, stages: Sequence[Mapping[str, 
         )
     elif config.beta == 0:
         notes.append("beta is 0: the redundancy term was not computed")
-    for stage in stages:
+    for stage in stages if config.reactivation != "noise" else ():  # a random step is not meant to lower the loss
         before, after, masked_name = stage["loss_before"], stage["loss_after"], stage["masked"]
         if after > before:
             notes.append(

@@ -99,46 +99,62 @@ def zeros_like_output(output: Any, *, where: str = "the branch") -> Any:
     Raises:
         TaskError: the output is of another kind.
     """
+    return _changed(output, torch.zeros_like, where)
+
+
+def shuffled_output(output: Any, *, where: str = "the branch") -> Any:
+    """A module's output with the samples of the batch exchanged: real features, of the wrong sample.
+
+    Every sample moves on by half the batch, so that none keeps its own (from two samples on). Indices stay.
+
+    Args:
+        output: as for `zeros_like_output`, but no sparse tensors, whose first dimension is no sample.
+        where: for the error message.
+
+    Raises:
+        TaskError: the output is of another kind.
+    """
+    if hasattr(output, "replace_feature"):
+        raise TaskError(
+            f"expected {where} to return dense tensors with the batch first; got {type(output).__name__}, whose rows "
+            "are not samples; use score.reactivation: masked"
+        )
+    return _changed(output, lambda tensor: tensor.roll(max(1, len(tensor) // 2), 0), where)
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _changed(output: Any, change: Change, where: str) -> Any:
+    """A module's output with every floating-point tensor changed, in the same nesting."""
     if isinstance(output, Tensor):
-        return torch.zeros_like(output) if output.is_floating_point() or output.is_complex() else output
+        return change(output) if output.is_floating_point() or output.is_complex() else output
     if output is None or isinstance(output, (bool, int, float, str, torch.Size)):
         return output
     if isinstance(output, Mapping):
-        return type(output)(**_zeroed_items(output, where)) if _wants_keywords(output) else _rebuilt(output, where)
+        items = {key: _changed(value, change, where) for key, value in output.items()}
+        kind: Any = type(output)
+        # an ordered dict that is a dataclass is built from keywords only
+        return kind(**items) if dataclasses.is_dataclass(output) else kind(items)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(zeros_like_output(value, where=where) for value in output))
+        return type(output)(*(_changed(value, change, where) for value in output))
     if isinstance(output, (tuple, list)):
-        return type(output)(zeros_like_output(value, where=where) for value in output)
+        return type(output)(_changed(value, change, where) for value in output)
     if hasattr(output, "replace_feature") and isinstance(getattr(output, "features", None), Tensor):
-        return output.replace_feature(torch.zeros_like(output.features))
+        return output.replace_feature(change(output.features))
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(output, **_zeroed_fields(output, where))
+        names = [item.name for item in dataclasses.fields(output) if item.init]
+        return dataclasses.replace(output, **{name: _changed(getattr(output, name), change, where) for name in names})
     raise TaskError(
         f"expected {where} to return tensors, or tuples, lists, dicts or dataclasses of them; got "
         f"{type(output).__name__}; name modules in `branches` that return tensors, or score with another method"
     )
 
 
-def _wants_keywords(output: Mapping[str, Any]) -> bool:
-    return dataclasses.is_dataclass(output)  # an ordered dict that is a dataclass is built from keywords only
-
-
-def _rebuilt(output: Mapping[str, Any], where: str) -> Any:
-    kind: Any = type(output)
-    return kind(_zeroed_items(output, where))
-
-
-def _zeroed_items(output: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {key: zeros_like_output(value, where=where) for key, value in output.items()}
-
-
-def _zeroed_fields(output: Any, where: str) -> dict[str, Any]:
-    fields = [field.name for field in dataclasses.fields(output) if field.init]
-    return {name: zeros_like_output(getattr(output, name), where=where) for name in fields}
-
-
 @contextmanager
-def masked(model: nn.Module, paths: Sequence[str], modality: str) -> Iterator[None]:
+def masked(
+    model: nn.Module, paths: Sequence[str], modality: str, change: Callable[..., Any] = zeros_like_output
+) -> Iterator[None]:
     """Mask a modality: inside the context every module of its branch returns zeros.
 
     The last of the listed modules feeds the fusion, so the fusion sees zeros whatever the earlier ones return.
@@ -147,16 +163,17 @@ def masked(model: nn.Module, paths: Sequence[str], modality: str) -> Iterator[No
         model: the whole network.
         paths: the modality's module paths.
         modality: its name, for messages.
+        change: what happens to the outputs instead, e.g. `shuffled_output`; takes the output and `where`.
 
     Raises:
         TaskError: a forward pass never called any of the modules, so that nothing was masked.
     """
     called: list[str] = []
 
-    def zero(path: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def changing(path: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             called.append(path)
-            return zeros_like_output(output, where=f"branch {modality!r} ({path})")
+            return change(output, where=f"branch {modality!r} ({path})")
 
         return hook
 
@@ -168,7 +185,7 @@ def masked(model: nn.Module, paths: Sequence[str], modality: str) -> Iterator[No
             )
         called.clear()
 
-    handles = [module.register_forward_hook(zero(path)) for path, module in _called_modules(model, paths)]
+    handles = [module.register_forward_hook(changing(path)) for path, module in _called_modules(model, paths)]
     handles.append(model.register_forward_hook(check))
     try:
         yield

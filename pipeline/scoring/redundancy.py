@@ -1,0 +1,166 @@
+"""How redundant the modalities of a trained model are, and the beta that follows from it.
+
+Redundancy of a modality: the part of the loss that masking it costs which the rest of the model wins back when it is
+trained without it,
+
+    won back = (loss masked - loss reactivated) / (loss masked - loss dense),
+
+all three on the same batches, which the reactivation does not train on. 1: the others know all that it knows. 0: what
+it knows is lost with it. Below 0 the training harmed; above 1 the dense model was not trained to its end. Unlike the
+reactivation inside the score, whose small SGD steps are there for the derivation's sake, this one uses Adam, because
+steps that hardly move the loss measure the steps and not the modalities.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.gradients import Passes, Progress, batch_loss, reactivate, scoring_batches, silent
+from fusepress.pipeline.scoring.masking import Snapshot, branch_of_parameters, check_branches, masked, untouched
+from fusepress.pipeline.task import Batch, LoadedTask
+
+PROBE_STEPS = 32
+PROBE_LR = 1e-3
+UNNEEDED = 0.01  # relative rise of the loss below which masking a modality costs nothing that could be won back
+
+# beta at measured redundancies, linear in between, constant outside; how it was fitted: docs/altermoma.md
+BETA_RULE: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 0.0))
+
+
+def measure_redundancy(
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+    steps: int = PROBE_STEPS,
+    lr: float = PROBE_LR,
+) -> dict[str, Any]:
+    """Mask each modality in turn, train the rest with Adam, and see how much of the loss comes back.
+
+    The losses are those of the first `config.batches` training batches; the training uses the batches after them. (A
+    small training split comes round again: then the batches are new only as far as its augmentation goes.)
+
+    Args:
+        model: the trained dense network; comes back bit-identical.
+        task: its data, losses and branches.
+        config: its `batches` count.
+        seed: of the training batches.
+        progress: called with the fraction done and a text.
+        steps: of Adam, a batch each.
+        lr: Adam's.
+
+    Returns:
+        `redundancy` (mean over the modalities, each cut to 0..1; None below two modalities), `loss_dense`, and by
+        modality `loss_masked`, `loss_reactivated`, `won_back` (not cut; 1 where masking costs nothing), and how it
+        was measured.
+
+    Raises:
+        TrainingError: a loss is NaN or infinite.
+        TaskError: a branch cannot be masked, or the training split is empty.
+    """
+    check_branches(model, task.branches)
+    names = sorted(task.branches) if len(task.branches) > 1 else []
+    passes = Passes(total=len(names) * steps, progress=progress)
+    log: dict[str, Any] = {"optimizer": "adam", "steps": steps, "lr": lr, "seed": seed, "modalities": {}}
+    with untouched(model, seed=seed) as snapshot:
+        data = scoring_batches(task, seed, config.batches)
+        dense = _mean_loss(model, task, data, "dense")
+        for name in names:
+            log["modalities"][name] = _without(model, task, name, snapshot, data, dense, passes, seed, steps, lr)
+    cut = [min(1.0, max(0.0, found["won_back"])) for found in log["modalities"].values()]
+    mean = math.fsum(cut) / len(cut) if cut else None
+    samples = sum(batch.size for batch in data)
+    return log | {"redundancy": mean, "loss_dense": dense, "samples": samples, "passes": passes.done}
+
+
+def _mean_loss(model: nn.Module, task: LoadedTask, data: list[Batch], where: str) -> float:
+    """The mean loss over all samples."""
+    samples = sum(batch.size for batch in data)
+    return math.fsum(float(batch_loss(model, task, b, where).detach()) * b.size / samples for b in data)
+
+
+def _without(
+    model: nn.Module,
+    task: LoadedTask,
+    modality: str,
+    snapshot: Snapshot,
+    data: list[Batch],
+    dense: float,
+    passes: Passes,
+    seed: int,
+    steps: int,
+    lr: float,
+) -> dict[str, float]:
+    branch_of = branch_of_parameters(model, task.branches)
+    trainable = snapshot.trainable or set(snapshot.initial)
+    others = [p for n, p in model.named_parameters() if branch_of[n] != modality and p in trainable]
+    others = [p for p in others if p.is_floating_point()]
+    where = f"{modality} masked, for its redundancy"
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and branch_of[name] != modality)
+        with masked(model, task.branches[modality], modality):
+            before = _mean_loss(model, task, data, where)
+            stream = itertools.islice(task.train_batches(seed, start=len(data)), steps)
+            if others:
+                reactivate(model, task, others, stream, passes, optimizer="adam", lr=lr, where=where)
+            after = _mean_loss(model, task, data, where)
+    finally:
+        snapshot.restore_values()
+        for parameter in snapshot.initial:
+            parameter.requires_grad_(parameter.is_floating_point())
+    cost = before - dense
+    won = (before - after) / cost if cost > UNNEEDED * abs(dense) else 1.0
+    return {"loss_masked": before, "loss_reactivated": after, "won_back": won}
+
+
+def resolve_beta(
+    model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
+) -> tuple[float, dict[str, Any]]:
+    """What `beta: auto` comes to: the rule's value at the measured redundancy.
+
+    Args:
+        model: the trained dense network; comes back bit-identical.
+        task: its data, losses and branches.
+        config: its `batches` count.
+        seed: of the training batches.
+        progress: called with the fraction done and a text.
+
+    Returns:
+        beta and a log: `beta`, `why`, and what `measure_redundancy` found (nothing is measured below two modalities
+        or where no measurement could change the rule's answer).
+
+    Raises:
+        TrainingError: a loss is NaN or infinite.
+        TaskError: a branch cannot be masked, or the training split is empty.
+    """
+    if len(task.branches) < 2:
+        return 0.0, {"beta": 0.0, "why": "one modality: nothing can be redundant beside another"}
+    found = measure_redundancy(model, task, config, seed=seed, progress=progress)
+    beta, why = beta_of(found["redundancy"])
+    return beta, {"beta": beta, "why": why, "measured": found}
+
+
+def beta_of(redundancy: float) -> tuple[float, str]:
+    """The fitted rule.
+
+    Args:
+        redundancy: as measured, 0 to 1.
+
+    Returns:
+        beta and the reason in words.
+    """
+    at, values = zip(*BETA_RULE, strict=True)
+    beta = float(np.interp(redundancy, at, values))
+    measured = f"{redundancy:.2f} of the loss that masking a modality costs was won back"
+    if not any(values):
+        return beta, f"{measured}; in the study no redundancy made the second term pay (docs/altermoma.md)"
+    return beta, f"{measured}; the rule fitted in docs/altermoma.md gives beta {beta:.2g} there"
