@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.graph.plan import Group
 from fusepress.pipeline.scoring.altermoma import branch_statistics
 from fusepress.pipeline.scoring.channels import Product
-from fusepress.pipeline.scoring.masking import branch_of_parameters
+from fusepress.pipeline.scoring.masking import Snapshot, branch_of_parameters
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.task import LoadedTask
 
@@ -66,12 +66,29 @@ def product_with_gradient(model: nn.Module) -> Product:
 
 
 def shares(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Divide non-negative scores by their sum over the whole model, in place; all zero stays zero.
+    """Divide scores by the sum of their absolute values over the whole model, in place; all zero stays zero.
 
     The sum takes the scale of the loss out: a loss that is multiplied by a constant gives the same shares.
     """
-    total = math.fsum(float(value.sum(dtype=torch.float64)) for value in scores.values())
+    total = math.fsum(float(value.abs().sum(dtype=torch.float64)) for value in scores.values())
     return {key: value.div_(total or 1.0) for key, value in scores.items()}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> its first name, which differ where parameters are tied."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    return {name: first[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is added rather than multiplied, by the name that torch's own modules give (`...bias`)."""
+    return name.rpartition(".")[2].endswith("bias")
+
+
+def trainable_of(snapshot: Snapshot) -> list[nn.Parameter]:
+    """What inner training may change: what the user froze stays frozen, unless everything is."""
+    chosen = snapshot.trainable or set(snapshot.initial)
+    return [p for p in snapshot.initial if p in chosen and p.is_floating_point()]
 
 
 def generator_of(seed: int, name: str) -> np.random.Generator:

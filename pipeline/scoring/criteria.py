@@ -13,6 +13,8 @@ from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped, score_altermoma, weight_scores
 from fusepress.pipeline.scoring.common import ChannelMethod, WeightMethod, WeightResult
 from fusepress.pipeline.scoring.gradients import Progress, silent
+from fusepress.pipeline.scoring.grasp import grasp_weights, score_grasp
+from fusepress.pipeline.scoring.iterative import imp_weights, score_imp, score_in_rounds, weights_in_rounds
 from fusepress.pipeline.scoring.norms import (
     group_norm_weights,
     lamp_weights,
@@ -23,28 +25,39 @@ from fusepress.pipeline.scoring.norms import (
     score_magnitude,
     score_random,
 )
+from fusepress.pipeline.scoring.prospr import prospr_weights, score_prospr
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.scoring.sensitivity import score_snip, score_taylor, snip_weights, taylor_weights
+from fusepress.pipeline.scoring.synflow import score_synflow, synflow_weights
 from fusepress.pipeline.task import LoadedTask
 
 METHODS: dict[str, ChannelMethod] = {
     "altermoma": score_altermoma,
+    "grasp": score_grasp,
     "group_norm": score_group_norm,
+    "imp": score_imp,
     "lamp": score_lamp,
     "magnitude": score_magnitude,
+    "prospr": score_prospr,
     "random": score_random,
     "snip": score_snip,
+    "synflow": score_synflow,
     "taylor": score_taylor,
 }
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "altermoma": weight_scores,
+    "grasp": grasp_weights,
     "group_norm": group_norm_weights,
+    "imp": imp_weights,
     "lamp": lamp_weights,
     "magnitude": magnitude_weights,
+    "prospr": prospr_weights,
     "random": random_weights,
     "snip": snip_weights,
+    "synflow": synflow_weights,
     "taylor": taylor_weights,
 }
+OWN_ROUNDS = frozenset({"imp", "synflow"})  # these are rounds by themselves
 
 
 def score_channels(
@@ -75,7 +88,11 @@ def score_channels(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     method = _chosen(METHODS, config)
-    result: ScoreResult = method(model, task, graph, config, seed=seed, progress=progress)
+    result: ScoreResult
+    if config.rounds > 1 and config.method not in OWN_ROUNDS:
+        result = score_in_rounds(method, model, task, graph, config, seed=seed, progress=progress)
+    else:
+        result = method(model, task, graph, config, seed=seed, progress=progress)
     for group in graph.groups:
         vector = result.channel[group.id]
         if vector.shape != (group.width,) or not np.isfinite(vector).all():
@@ -108,7 +125,11 @@ def score_weights(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     method = _chosen(WEIGHT_METHODS, config)
-    result: WeightResult = method(model, task, config, seed=seed, progress=progress)
+    result: WeightResult
+    if config.rounds > 1 and config.method not in OWN_ROUNDS:
+        result = weights_in_rounds(method, model, task, config, seed=seed, progress=progress)
+    else:
+        result = method(model, task, config, seed=seed, progress=progress)
     for name, value in result[0].items():
         if not bool(value.isfinite().all()):
             raise StageError(

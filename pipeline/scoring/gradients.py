@@ -43,13 +43,13 @@ class Passes:
         self.progress(min(1.0, self.done / max(1, self.total)), text)
 
 
-def scoring_batches(task: LoadedTask, seed: int, count: int) -> list[Batch]:
-    """The first `count` training batches, held in memory: every gradient is taken on the very same data D.
+def scoring_batches(task: LoadedTask, seed: int, count: int, *, start: int = 0) -> list[Batch]:
+    """`count` training batches from `start` on, held in memory: every gradient is taken on the very same data D.
 
     Raises:
         TaskError: the training split is empty.
     """
-    return list(itertools.islice(task.train_batches(seed), count))
+    return list(itertools.islice(task.train_batches(seed, start=start), count))
 
 
 def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> Tensor:
@@ -76,10 +76,13 @@ def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> 
     return total
 
 
-def mean_gradients(model: nn.Module, task: LoadedTask, batches: Sequence[Batch], passes: Passes, where: str) -> float:
+def mean_gradients(
+    model: nn.Module, task: LoadedTask, batches: Sequence[Batch], passes: Passes, where: str, *, fresh: bool = True
+) -> float:
     """Leave in every parameter's `grad` the gradient of the mean loss over all samples of the batches.
 
-    Batches weigh by their number of samples. `grad` stays None where a parameter does not reach the loss.
+    Batches weigh by their number of samples. `grad` stays None where a parameter does not reach the loss. If not
+    `fresh`, the gradient is added to what `grad` holds.
 
     Returns:
         The mean loss.
@@ -87,7 +90,8 @@ def mean_gradients(model: nn.Module, task: LoadedTask, batches: Sequence[Batch],
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite.
     """
-    model.zero_grad(set_to_none=True)
+    if fresh:
+        model.zero_grad(set_to_none=True)
     samples = sum(batch.size for batch in batches)
     losses = []
     for index, batch in enumerate(batches):
@@ -119,10 +123,12 @@ def reactivate(
     optimizer: Literal["sgd", "adam"],
     lr: float,
     where: str,
+    after_step: Callable[[], None] | None = None,
 ) -> int:
     """Train the given parameters, one step a batch, with a fresh optimiser that nobody keeps.
 
-    Plain SGD is what the derivation of AlterMOMA uses (eq. 16): no momentum, no decay.
+    Plain SGD is what the derivation of AlterMOMA uses (eq. 16): no momentum, no decay. `after_step` is called after
+    every step (to hold masks, to note the way).
 
     Returns:
         The number of steps.
@@ -137,6 +143,8 @@ def reactivate(
         loss = batch_loss(model, task, batch, f"reactivation step {index} ({where})")
         loss.backward()
         stepper.step()
+        if after_step is not None:
+            after_step()
         steps += 1
         passes.step(where)
     return steps

@@ -17,6 +17,7 @@ from fusepress.pipeline.scoring.common import (
     WeightResult,
     channel_result,
     generator_of,
+    is_bias,
     weight_result,
     weights_of,
 )
@@ -145,17 +146,12 @@ def group_norms(model: nn.Module, graph: Grouped, reduction: Reduction = "mean")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     norms = {}
     for group in graph.groups:
-        members = [m for m in group.members if m.param in parameters and not _is_bias(model, m.param)]
+        members = [m for m in group.members if m.param in parameters and not is_bias(m.param)]
         _some([m for m in members if m.role == "producer"], list(group.producers), group)
         rows = [channel_rows(parameters[m.param], m, group.width).double().square().sum(dim=1) for m in members]
         stacked = torch.stack(rows)
         norms[group.id] = stacked.sum(dim=0) if reduction == "sum" else stacked.mean(dim=0)
     return norms
-
-
-def _is_bias(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is added rather than multiplied: `bias` and `in_proj_bias` of torch's own modules."""
-    return name.rpartition(".")[2].endswith("bias")
 
 
 def group_norm_weights(

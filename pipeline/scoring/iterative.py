@@ -1,0 +1,333 @@
+"""Scores in rounds: score, gate a part off, score the survivors again; and iterative magnitude pruning (IMP).
+
+With R rounds and a last share k (a half of the channels, a tenth of the weights), k^(r/(R-1)) of all units are alive
+after round r: 1 - (1-a)^r are gone, with a = 1 - k^(1/(R-1)). The last round scores what is left. So more rounds make
+finer steps towards the same network, which is about the one that a budget asks for. With R = 1 nothing is gated.
+
+A unit is gated off by zeroing everything of it (for a channel all members of its group: makers, scales and readers),
+the lowest score in the whole model first, ties by position. No group loses its last tenth (and no last channel).
+
+The rounds become one vector by offsets. Units that go in round r keep the score they had in that round; if the lowest
+of a later round is not above the highest that went before, all scores of that later round are raised by the same
+amount until it is. So whoever goes earlier ranks lower, differences within a round are kept, non-negative scores stay
+non-negative, and scores that do not change when others go (random, plain magnitude) come out as in one shot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusepress.pipeline.graph.masks import MaskHolder
+from fusepress.pipeline.graph.plan import Group
+from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.altermoma import Grouped
+from fusepress.pipeline.scoring.common import (
+    ChannelMethod,
+    WeightMethod,
+    WeightResult,
+    channel_result,
+    first_names,
+    trainable_of,
+    weight_branches,
+    weight_result,
+)
+from fusepress.pipeline.scoring.gradients import Passes, Progress, reactivate, silent
+from fusepress.pipeline.scoring.masking import Snapshot, untouched
+from fusepress.pipeline.scoring.norms import magnitude_weights, score_magnitude
+from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.task import LoadedTask
+
+CHANNELS_LEFT = 0.5  # alive in the last round; budgets of 25 to 40 % of the MACs keep 50 to 63 % of the channels
+WEIGHTS_LEFT = 0.1
+FLOOR = 0.1  # of any group that is never gated off
+APART = 1e-6  # relative distance between rounds, which float32 still tells apart
+
+Train = Callable[[MaskHolder, int, Progress], int]  # (masks to hold, round, progress) -> passes
+Training = Callable[[Snapshot], Train]  # what the model was before -> how to train it between rounds
+
+
+@dataclass(slots=True, kw_only=True)
+class Rounds:
+    """Which units are alive, and the scores of those that went; all units lie in one flat vector.
+
+    Attributes:
+        least: per key (in the order of the vector) its number of units and how many of them never go.
+        rounds: R.
+        left: k, the share that is alive in the last round.
+    """
+
+    least: Sequence[tuple[int, int]]
+    rounds: int
+    left: float
+
+    def run(self, score: Callable[[int], Tensor], remove: Callable[[Tensor, int], None]) -> tuple[Tensor, list[int]]:
+        """Score, remove, and so on.
+
+        Args:
+            score: round -> fresh scores of all units, alive or not, (N,); may be changed in place.
+            remove: given which units are alive (N,) and the round that is over, gates the others off.
+
+        Returns:
+            One score a unit (N,), and how many units each round scored.
+        """
+        found = score(0)
+        alive = torch.ones_like(found, dtype=torch.bool)
+        gone_in = torch.full_like(found, self.rounds - 1, dtype=torch.int16)
+        result, counts = found, [found.numel()]
+        for number in range(1, self.rounds):
+            target = round(found.numel() * self.left ** (number / (self.rounds - 1)))
+            drop = self._lowest(found, alive, int(alive.sum()) - target)
+            alive[drop] = False
+            gone_in[drop] = number - 1
+            remove(alive, number - 1)
+            found = score(number)
+            result = torch.where(alive, found, result)
+            counts.append(int(alive.sum()))
+        return raise_later_rounds(result, gone_in, self.rounds), counts
+
+    def _lowest(self, scores: Tensor, alive: Tensor, count: int) -> Tensor:
+        """Indices of the `count` lowest units that are alive and may go (fewer where fewer may)."""
+        free = alive.clone()
+        starts = itertools.accumulate((size for size, _ in self.least), initial=0)
+        for start, (size, least) in zip(starts, self.least, strict=False):
+            if least:
+                own = torch.where(alive[start : start + size], scores[start : start + size], -math.inf)
+                free[start + own.argsort(descending=True, stable=True)[:least]] = False
+        candidates = free.nonzero().flatten()
+        return candidates[scores[candidates].argsort(stable=True)[: max(0, count)]]
+
+
+def raise_later_rounds(scores: Tensor, gone_in: Tensor, rounds: int) -> Tensor:
+    """Raise the scores of later rounds, each round by one amount, until they lie above those of earlier rounds.
+
+    Args:
+        scores: (N,), changed in place.
+        gone_in: (N,), the round in which a unit went.
+        rounds: number of rounds.
+
+    Returns:
+        The scores.
+    """
+    top: float | None = None
+    for number in range(rounds):
+        own = gone_in == number
+        values = scores[own]
+        if not values.numel():
+            continue
+        if top is not None:
+            margin = max(APART * max(abs(top), float(values.abs().max())), 1e-30)
+            lift = top + margin - float(values.min())
+            if lift > 0:
+                scores[own] = values = values + lift
+        top = float(values.max())
+    return scores
+
+
+def score_in_rounds(
+    method: ChannelMethod,
+    model: nn.Module,
+    task: LoadedTask,
+    graph: Grouped,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+    training: Training | None = None,
+    name: str | None = None,
+) -> ScoreResult:
+    """Any channel method in `config.rounds` rounds; see the module's text.
+
+    Holds one copy of the parameters on top of the method's own.
+
+    Args:
+        method: scores all channels of the model as it stands.
+        model: comes back bit-identical.
+        task: its data, losses and branches.
+        graph: the coupled groups.
+        config: rounds, and whatever the method reads.
+        seed: of the training batches.
+        progress: called with the fraction done and a text.
+        training: makes the training of the gated model between rounds, the masks held.
+        name: what the log calls it; default: config.method.
+    """
+    groups = list(graph.groups)
+    rounds = Rounds(least=[(g.width, least_of(g)) for g in groups], rounds=config.rounds, left=CHANNELS_LEFT)
+    widths = [group.width for group in groups]
+    log = _Log(rounds=config.rounds, progress=progress, trains=training is not None)
+
+    def score(number: int) -> Tensor:
+        _set_trainable(model, snapshot)
+        result = method(model, task, graph, config, seed=seed, progress=log.part(number, 0))
+        log.add(result.log)
+        return torch.cat([torch.from_numpy(result.channel[group.id]).double() for group in groups])
+
+    def remove(alive: Tensor, number: int) -> None:
+        holder = MaskHolder(channel_masks(model, groups, alive.split(widths)))
+        holder.apply(model)
+        if training is not None:
+            log.passes += training(snapshot)(holder, number, log.part(number, 1))
+
+    with untouched(model, seed=seed) as snapshot:
+        scores, counts = rounds.run(score, remove)
+    progress(1.0, "rounds")
+    vectors = {group.id: part for group, part in zip(groups, scores.split(widths), strict=True)}
+    return channel_result(vectors, groups, log.finished(name or config.method, seed, counts))
+
+
+def least_of(group: Group) -> int:
+    """How many channels of a group are never gated off."""
+    return max(1, group.multiple, math.ceil(FLOOR * group.width))
+
+
+def channel_masks(model: nn.Module, groups: Sequence[Group], alive: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Masks (True = kept) over every parameter that a gated channel runs through, readers included.
+
+    Args:
+        model: the network.
+        groups: the coupled groups.
+        alive: per group, which channels are on (width,).
+    """
+    parameters, first = dict(model.named_parameters(remove_duplicate=False)), first_names(model)
+    masks: dict[str, Tensor] = {}
+    for group, on in zip(groups, alive, strict=True):
+        off = (~on).nonzero().flatten().tolist()
+        for member in group.members if off else ():
+            if member.param in parameters:
+                parameter = parameters[member.param]
+                mask = masks.setdefault(first[member.param], torch.ones_like(parameter, dtype=torch.bool))
+                mask.index_fill_(member.dim, torch.tensor(member.indices(off), device=parameter.device), value=False)
+    return masks
+
+
+def weights_in_rounds(
+    method: WeightMethod,
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+    training: Training | None = None,
+    name: str | None = None,
+) -> WeightResult:
+    """Any weight method in `config.rounds` rounds, as for channels; layers may lose all their weights.
+
+    Holds three copies of the parameters (and as many bits of masks) on top of the method's own.
+    """
+    shapes = {key: dict(model.named_parameters())[key].shape for key in weight_branches(model, task)}
+    sizes = [shape.numel() for shape in shapes.values()]
+    rounds = Rounds(least=[(size, 0) for size in sizes], rounds=config.rounds, left=WEIGHTS_LEFT)
+    log = _Log(rounds=config.rounds, progress=progress, trains=training is not None)
+
+    def whole(flat: Tensor) -> dict[str, Tensor]:
+        return {key: part.reshape(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}
+
+    def score(number: int) -> Tensor:
+        _set_trainable(model, snapshot)
+        scores, found = method(model, task, config, seed=seed, progress=log.part(number, 0))
+        log.add(found)
+        return torch.cat([scores[key].flatten() for key in shapes])
+
+    def remove(alive: Tensor, number: int) -> None:
+        holder = MaskHolder(whole(alive))
+        holder.apply(model)
+        if training is not None:
+            log.passes += training(snapshot)(holder, number, log.part(number, 1))
+
+    with untouched(model, seed=seed) as snapshot:
+        scores, counts = rounds.run(score, remove)
+    progress(1.0, "rounds")
+    return weight_result(model, task, whole(scores), log.finished(name or config.method, seed, counts))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Log:
+    """Passes and logs of all rounds, and the part of the progress bar that each step moves."""
+
+    rounds: int
+    progress: Progress
+    trains: bool
+    passes: int = 0
+    entries: list[dict[str, Any]] | None = None
+
+    def part(self, number: int, step: int) -> Progress:
+        steps = self.rounds * (2 if self.trains else 1)
+        start = number * (2 if self.trains else 1) + step
+        return lambda done, text: self.progress((start + done) / steps, f"round {number + 1}: {text}")
+
+    def add(self, log: Mapping[str, Any]) -> None:
+        self.passes += log["passes"]
+        self.entries = [*(self.entries or []), {key: value for key, value in log.items() if key != "branches"}]
+
+    def finished(self, name: str, seed: int, counts: Sequence[int]) -> dict[str, Any]:
+        rounds = [{"scored": count, **entry} for count, entry in zip(counts, self.entries or [], strict=True)]
+        return {"method": name, "seed": seed, "passes": self.passes, "rounds": rounds}
+
+
+def score_imp(
+    model: nn.Module,
+    task: LoadedTask,
+    graph: Grouped,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> ScoreResult:
+    """Iterative magnitude pruning (Han et al. 2015; Frankle & Carbin 2019) of channels, with training between rounds.
+
+    Between rounds the gated model trains for `config.reactivation_batches` steps at `config.reactivation_lr`, each time
+    on fresh batches, with running statistics frozen and masks held; the weights go on, they are not rewound. One round
+    is one-shot magnitude. The model comes back bit-identical.
+    """
+    training = masked_training(model, task, config, seed)
+    return score_in_rounds(
+        score_magnitude, model, task, graph, config, seed=seed, progress=progress, training=training, name="imp"
+    )
+
+
+def imp_weights(
+    model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
+) -> WeightResult:
+    """Iterative magnitude pruning of single weights; see `score_imp`."""
+    training = masked_training(model, task, config, seed)
+    return weights_in_rounds(
+        magnitude_weights, model, task, config, seed=seed, progress=progress, training=training, name="imp"
+    )
+
+
+def masked_training(model: nn.Module, task: LoadedTask, config: ScoreConfig, seed: int) -> Training:
+    """Training between rounds: `config.reactivation_batches` steps, every masked weight held at zero."""
+
+    def train(snapshot: Snapshot, holder: MaskHolder, number: int, progress: Progress) -> int:
+        parameters = trainable_of(snapshot)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        steps = config.reactivation_batches
+        batches = itertools.islice(task.train_batches(seed, start=number * steps), steps)
+        return reactivate(
+            model,
+            task,
+            parameters,
+            batches,
+            Passes(total=steps, progress=progress),
+            optimizer=config.reactivation_optimizer,
+            lr=config.reactivation_lr,
+            where=f"training after round {number + 1}",
+            after_step=lambda: holder.apply(model),
+        )
+
+    return lambda snapshot: partial(train, snapshot)
+
+
+def _set_trainable(model: nn.Module, snapshot: Snapshot) -> None:
+    """Flags as the user gave them: a method that trains inside must see what is frozen."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in snapshot.trainable)

@@ -1,0 +1,265 @@
+"""SynFlow (Tanaka et al., NeurIPS 2020): how much of the flow of ones through |weights| passes a unit. No data.
+
+R is the sum of all outputs of the network with every weight replaced by its absolute value, for an input of ones; a
+score is |theta| * dR/d|theta| / R, so it is the share of the flow. In rounds (see iterative.py): config.rounds where
+it is above one, else the paper's 100.
+
+What is done so that the flow is linear and positive, and conserved from layer to layer:
+
+* evaluation mode; a batch norm keeps |scale| / sqrt(running variance), its running mean is taken as zero;
+* everything that is added (parameters called ...bias) is zero. A bias scores |b| * dR/db where weights are scored, and
+  does not count in the gate of a channel;
+* norms that divide by statistics of their own input (layer, group, instance) only scale;
+* arithmetic is in float64, for R is a product of sums over all layers.
+
+One sample of every input goes in, floating-point inputs as ones; integer inputs (voxel or cell indices) are those of
+the first training sample, as they only say where things go. Maxima, scatter, grid sampling, interpolation and ReLU keep
+the flow linear: a maximum passes it to the winner (equally to ties, which ones make plenty of), and what grid sampling
+looks up outside the map is lost. Sigmoid, softmax, GELU, division by a norm or by a count that the input makes, and
+products of two paths (gates, attention) are not linear: there scores are still finite shares but not conserved. A
+layer that is one of several side by side carries its part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from fusepress.pipeline.errors import StageError
+from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.altermoma import Grouped
+from fusepress.pipeline.scoring.channels import ChannelScorer
+from fusepress.pipeline.scoring.common import (
+    WeightResult,
+    channel_result,
+    first_names,
+    is_bias,
+    weight_branches,
+    weight_result,
+)
+from fusepress.pipeline.scoring.gradients import Passes, Progress, scoring_batches, silent
+from fusepress.pipeline.scoring.iterative import CHANNELS_LEFT, WEIGHTS_LEFT, Rounds, channel_masks, least_of
+from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.task import LoadedTask
+
+ROUNDS = 100
+Note = Callable[[str, Tensor, Tensor], None]  # (name, |theta|, dR/d|theta| / R), both float64
+
+
+def score_synflow(
+    model: nn.Module,
+    task: LoadedTask,
+    graph: Grouped,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> ScoreResult:
+    """SynFlow of channels: the share of the flow that passes the channel's gate, in rounds.
+
+    One pass of a single sample a round; holds two copies of the parameters, in float64.
+    """
+    groups = list(graph.groups)
+    rounds = config.rounds if config.rounds > 1 else ROUNDS
+    scorer = ChannelScorer(model, groups, "gate")
+    flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
+    widths = [group.width for group in groups]
+    first = first_names(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def score(_number: int) -> Tensor:
+        products: dict[str, Tensor] = {}
+
+        def note(name: str, value: Tensor, slope: Tensor) -> None:
+            products[name] = torch.zeros_like(value) if is_bias(name) else value * slope
+
+        def product(name: str) -> Tensor:
+            found = products.get(first[name])
+            return torch.zeros_like(parameters[name], dtype=torch.float64) if found is None else found
+
+        flow.measure(note)
+        return torch.cat([scorer.signed(product, group.id).cpu() for group in groups])
+
+    def remove(alive: Tensor, _number: int) -> None:
+        flow.masks = channel_masks(model, groups, alive.split(widths))
+
+    plan = Rounds(least=[(group.width, least_of(group)) for group in groups], rounds=rounds, left=CHANNELS_LEFT)
+    with flow.ready():
+        scores, counts = plan.run(score, remove)
+    vectors = {group.id: part for group, part in zip(groups, scores.split(widths), strict=True)}
+    return channel_result(vectors, groups, flow.log(counts))
+
+
+def synflow_weights(
+    model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
+) -> WeightResult:
+    """SynFlow of single weights: three tensors of the parameters' size at a time, one of them float64."""
+    rounds = config.rounds if config.rounds > 1 else ROUNDS
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameters[name].shape for name in weight_branches(model, task)}
+    sizes = [shape.numel() for shape in shapes.values()]
+    flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
+
+    def whole(flat: Tensor) -> dict[str, Tensor]:
+        return {name: part.reshape(shapes[name]) for name, part in zip(shapes, flat.split(sizes), strict=True)}
+
+    def score(_number: int) -> Tensor:
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(parameters.values())).device)
+        places = whole(flat)
+
+        def note(name: str, value: Tensor, slope: Tensor) -> None:
+            weight = parameters[name].detach().abs() if is_bias(name) else value
+            places[name].copy_(weight * slope)
+
+        flow.measure(note)
+        return flat
+
+    def remove(alive: Tensor, _number: int) -> None:
+        flow.masks = whole(alive)
+
+    plan = Rounds(least=[(size, 0) for size in sizes], rounds=rounds, left=WEIGHTS_LEFT)
+    with flow.ready():
+        scores, counts = plan.run(score, remove)
+    dtypes = {name: parameters[name].dtype for name in shapes}
+    found = {name: part.to(dtypes[name]) for name, part in whole(scores).items()}
+    return weight_result(model, task, found, flow.log(counts))
+
+
+@dataclass(slots=True, kw_only=True)
+class Flow:
+    """A model with absolute weights, and the flow of ones through it. The model itself is not changed.
+
+    Attributes:
+        model: the network.
+        task: gives the inputs' shapes and the integer inputs.
+        seed: of the training sample that they are taken from.
+        passes: counts and reports.
+        masks: parameter name -> bool (True = kept); parameters left out are whole.
+        totals: R of every measurement.
+    """
+
+    model: nn.Module
+    task: LoadedTask
+    seed: int
+    passes: Passes
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    totals: list[float] = field(default_factory=list)
+    _inputs: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = next(self.model.parameters()).device
+        batch = scoring_batches(self.task, self.seed, 1)[0]
+        self._inputs = {
+            name: torch.ones_like(value[:1], dtype=torch.float64, device=device)
+            if value.is_floating_point()
+            else value[:1].to(device)
+            for name, value in batch.inputs.items()
+        }
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Evaluation mode and linear norms; afterwards the model is as it was."""
+        modes = {module: module.training for module in self.model.modules()}
+        handles = [m.register_forward_hook(_only_scale) for m in modes if _divides_by_its_input(m)]
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            self.model.eval()
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for module, mode in modes.items():
+                    module.training = mode
+
+    def measure(self, note: Note) -> None:
+        """One pass forward and back; `note` gets every parameter that the flow reaches.
+
+        Raises:
+            StageError: the model cannot run in float64, or the flow is not finite.
+        """
+        values = {name: self._absolute(name, p) for name, p in self.model.named_parameters() if p.is_floating_point()}
+        for name, value in values.items():
+            value.register_post_accumulate_grad_hook(_noting(name, note))
+        try:
+            outputs = functional_call(self.model, {**values, **self._buffers()}, args=(), kwargs=self._inputs)
+        except RuntimeError as error:
+            raise StageError(
+                f"expected the model to run in float64 for SynFlow; got {error} in its forward pass; use x.to(y.dtype) "
+                "for casts inside the model, or another score.method"
+            ) from error
+        found = [value for value in self.task.as_dict(outputs).values() if value.is_floating_point()]
+        total = torch.stack([value.sum() for value in found]).sum()
+        self.totals.append(float(total.detach()))
+        if not bool(total.isfinite()):
+            raise StageError(
+                f"expected a finite flow of ones; got {float(total)} in {type(self.model).__name__}; use another "
+                "score.method, for the model divides or takes logarithms of what ones give"
+            )
+        if total.requires_grad and self.totals[-1]:
+            (total / total.detach().abs()).backward()
+        self.passes.step("synflow")
+
+    def _absolute(self, name: str, parameter: nn.Parameter) -> Tensor:
+        value = parameter.detach().double()
+        value = torch.zeros_like(value) if is_bias(name) else value.abs()
+        if name in self.masks:
+            value = value * self.masks[name]
+        return value.requires_grad_(True)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        means = {
+            f"{path}.running_mean".lstrip(".")
+            for path, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm)
+        }
+        return {
+            name: torch.zeros_like(buffer, dtype=torch.float64) if name in means else buffer.double()
+            for name, buffer in self.model.named_buffers()
+            if buffer.is_floating_point()
+        }
+
+    def log(self, counts: Sequence[int]) -> dict[str, Any]:
+        """What the score file keeps: the flow of the dense model and of the last round, and the units scored."""
+        return {
+            "method": "synflow",
+            "passes": self.passes.done,
+            "seed": self.seed,
+            "flow": [self.totals[0], self.totals[-1]],
+            "scored": list(counts),
+        }
+
+
+def _noting(name: str, note: Note) -> Callable[[Tensor], None]:
+    """Hand a gradient over as soon as it is complete, and drop it: no two gradients have to live at a time."""
+
+    def hook(value: Tensor) -> None:
+        assert value.grad is not None
+        note(name, value.detach(), value.grad)
+        value.grad = None
+
+    return hook
+
+
+def _divides_by_its_input(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase):
+        return module.running_var is None
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+
+
+def _only_scale(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+    (x,) = inputs
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        return x
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return x * weight
+    return x * weight.reshape(1, -1, *([1] * (x.ndim - 2)))
