@@ -136,9 +136,9 @@ def _solve(
     config: PruneConfig,
     losses: tuple[npt.NDArray[np.float64], ...],
 ) -> Outcome:
-    meters = tuple(spend.meter([ladder.widths for ladder in ladders], limit.branch) for limit in limits)
-    require(limits, meters, [len(ladder.widths) for ladder in ladders])
-    problem = Problem(values=losses, meters=meters, capacities=tuple(math.floor(limit.bound) for limit in limits))
+    meters = [spend.meter([ladder.widths for ladder in ladders], limit.branch) for limit in limits]
+    problem = Problem(losses, meters, [math.floor(limit.bound) for limit in limits])
+    require(limits, problem)
     if config.allocation == "importance":
         return spend_all(problem)
     if config.allocation == "distortion":

@@ -8,9 +8,9 @@ whose joint cost is counted in full. The exact, slow solution that this is held 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ Bools = npt.NDArray[np.bool_]
 
 UNITS = 4000  # of the knapsack inside the iteration; what rounding up to units leaves is spent by the local search
 RADII = (64, 64, 64, 8, 4, 2, 1)  # levels that a group may move in one iteration: narrower, so that it settles
-WINDOW = 1200  # options whose pairs the local search looks at together; wider problems look at nearer options
+WINDOW = 600  # options whose pairs the local search looks at together; wider problems look at nearer options
 KICKS = 24  # random restarts of the local search from the best point
 KICKED = 4  # groups that a restart moves at most
 VERIFIED = 32  # exchanges whose cost is only estimated are checked in batches of so many
@@ -33,19 +33,21 @@ TINY = 1e-12  # relative to the sum of the value ranges: less is no improvement
 
 
 class Meter(Protocol):
-    """The cost of the model as a function of every group's option ("level"), in whole units."""
+    """The cost of the model as a function of every group's option ("level"), in whole units.
+
+    The options of all groups one after the other are numbered 0 to S - 1; S = sum(K_g).
+    """
 
     def total(self, levels: Ints) -> Ints:
         """Cost of each row of levels: (B, G) -> (B,)."""
 
-    def curves(self, level: Ints) -> list[Ints]:
-        """Cost of the model when each group alone takes each of its options: (G,) -> G vectors (K_g,)."""
+    def changes(self, level: Ints) -> Ints:
+        """Change of the cost when one group alone takes another option: (G,) -> (S,)."""
 
-    def cross(self, level: Ints, group_S: Ints, option_S: Ints) -> Ints | None:
-        """What two moves cost together beyond their sum, (S, S); None where that is not known."""
+    def cross(self, level: Ints, rows_R: Ints, columns_C: Ints) -> Ints | None:
+        """What two such moves of different groups cost beyond their sum, (R, C); None where that is not known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Pairwise:
     """A cost that is a sum of terms of one group and of terms of two: any layer table on two widths (arXiv 2504.02168).
 
@@ -55,72 +57,100 @@ class Pairwise:
         joint: cost of the options of two groups together, (a, b) with a < b -> (K_a, K_b).
     """
 
-    constant: int
-    own: tuple[Ints, ...]
-    joint: dict[tuple[int, int], Ints]
+    def __init__(self, *, constant: int, own: Sequence[Ints], joint: Mapping[tuple[int, int], Ints]) -> None:
+        from scipy.sparse import coo_array
+
+        self.constant = constant
+        self.own = tuple(own)
+        self.joint = dict(joint)
+        self._layout = Layout([o.size for o in own])
+        self._own_S = np.concatenate(self.own)
+        pairs = list(self.joint.items())
+        self._a = np.array([a for (a, _), _ in pairs], dtype=np.int64)
+        self._b = np.array([b for (_, b), _ in pairs], dtype=np.int64)
+        self._stride = np.array([table.shape[1] for _, table in pairs], dtype=np.int64)
+        sizes = [table.size for _, table in pairs]
+        self._start = np.cumsum([0, *sizes[:-1]], dtype=np.int64)[: len(pairs)]
+        self._joint_T = np.concatenate([np.zeros(0, dtype=np.int64), *(table.ravel() for _, table in pairs)])
+        first = self._layout.first
+        row = [np.repeat(first[a] + np.arange(t.shape[0]), t.shape[1]) for (a, _), t in pairs]
+        column = [np.tile(first[b] + np.arange(t.shape[1]), t.shape[0]) for (_, b), t in pairs]
+        empty = np.zeros(0, dtype=np.int64)
+        entries = (self._joint_T, (np.concatenate([empty, *row]), np.concatenate([empty, *column])))
+        upper = coo_array(entries, shape=(self._own_S.size,) * 2, dtype=np.int64)
+        self._both_SS = (upper + upper.T).tocsr()
 
     def total(self, levels: Ints) -> Ints:
         """Cost of each row of levels: (B, G) -> (B,)."""
-        cost = np.full(levels.shape[0], self.constant, dtype=np.int64)
-        for g, own in enumerate(self.own):
-            cost += own[levels[:, g]]
-        for (a, b), joint in self.joint.items():
-            cost += joint[levels[:, a], levels[:, b]]
-        return cost
+        own = self._own_S[self._layout.first + levels].sum(axis=1)
+        place = self._start + levels[:, self._a] * self._stride + levels[:, self._b]
+        total: Ints = self.constant + own + self._joint_T[place].sum(axis=1)
+        return total
 
-    def curves(self, level: Ints) -> list[Ints]:
-        """Cost of the model when each group alone takes each of its options."""
-        here = int(self.total(level[None])[0])
-        curves = [here + own - own[k] for own, k in zip(self.own, level, strict=True)]
-        for (a, b), joint in self.joint.items():
-            i, j = level[a], level[b]
-            curves[a] += joint[:, j] - joint[i, j]
-            curves[b] += joint[i] - joint[i, j]
-        return curves
+    def changes(self, level: Ints) -> Ints:
+        """Change of the cost when one group alone takes another option: (G,) -> (S,)."""
+        here = self._layout.first + level
+        chosen = np.zeros(self._own_S.size, dtype=np.int64)
+        chosen[here] = 1
+        cost_S = self._own_S + self._both_SS @ chosen
+        changes: Ints = cost_S - cost_S[here][self._layout.group]
+        return changes
 
-    def cross(self, level: Ints, group_S: Ints, option_S: Ints) -> Ints | None:
-        """What two moves cost together beyond their sum, (S, S); the options of a group stand together."""
-        cross = np.zeros((group_S.size, group_S.size), dtype=np.int64)
-        first = np.searchsorted(group_S, np.arange(len(self.own) + 1))
-        for (a, b), joint in self.joint.items():
-            rows, columns = slice(first[a], first[a + 1]), slice(first[b], first[b + 1])
-            i, j, at, to = option_S[rows], option_S[columns], level[a], level[b]
-            block = joint[np.ix_(i, j)] - joint[i, to][:, None] - joint[at, j][None] + joint[at, to]
-            cross[rows, columns] = block
-            cross[columns, rows] = block.T
+    def cross(self, level: Ints, rows_R: Ints, columns_C: Ints) -> Ints | None:
+        """What two such moves of different groups cost beyond their sum, (R, C)."""
+        here = self._layout.first + level
+        group_R, group_C = self._layout.group[rows_R], self._layout.group[columns_C]
+        near = self._both_SS[rows_R]
+        cross: Ints = near[:, columns_C].toarray()
+        cross -= near[:, here].toarray()[:, group_C]
+        cross -= self._both_SS[here][:, columns_C].toarray()[group_R]
+        cross += self._both_SS[here][:, here].toarray()[np.ix_(group_R, group_C)]
         return cross
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the options of each group stand among all: `first` (G,), and of each of the S its `group` and `option`."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.first: Ints = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
+        self.group: Ints = np.repeat(np.arange(len(sizes)), sizes)
+        self.option: Ints = np.arange(self.group.size) - self.first[self.group]
+
+
 class Opaque:
     """A cost that can only be asked for.
 
     Attributes:
         count: cost of each row of levels, (B, G) -> (B,).
-        sizes: options of each group.
-        alone: as `Meter.curves`, where there is a faster way than asking for every row.
+        alone: cost of the model when each group alone takes each of its options, (G,) -> (S,); by default every row
+            is asked for.
     """
 
-    count: Callable[[Ints], Ints]
-    sizes: tuple[int, ...]
-    alone: Callable[[Ints], list[Ints]] | None = None
+    def __init__(
+        self, count: Callable[[Ints], Ints], sizes: Sequence[int], alone: Callable[[Ints], Ints] | None = None
+    ) -> None:
+        self.count = count
+        self.alone = alone or self._alone
+        self._layout = Layout(sizes)
 
     def total(self, levels: Ints) -> Ints:
         """Cost of each row of levels: (B, G) -> (B,)."""
         return self.count(levels)
 
-    def curves(self, level: Ints) -> list[Ints]:
-        """Cost of the model when each group alone takes each of its options."""
-        if self.alone is not None:
-            return self.alone(level)
-        rows = np.repeat(level[None], sum(self.sizes), axis=0)
-        group_S = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        rows[np.arange(group_S.size), group_S] = np.concatenate([np.arange(size) for size in self.sizes])
-        return np.split(self.count(rows), np.cumsum(self.sizes)[:-1])
+    def changes(self, level: Ints) -> Ints:
+        """Change of the cost when one group alone takes another option: (G,) -> (S,)."""
+        changes: Ints = self.alone(level) - self.count(level[None])[0]
+        return changes
 
-    def cross(self, level: Ints, group_S: Ints, option_S: Ints) -> Ints | None:
+    def cross(self, level: Ints, rows_R: Ints, columns_C: Ints) -> Ints | None:
         """Not known."""
         return None
+
+    def _alone(self, level: Ints) -> Ints:
+        rows = np.repeat(level[None], self._layout.group.size, axis=0)
+        rows[np.arange(rows.shape[0]), self._layout.group] = self._layout.option
+        return self.count(rows)
 
 
 def table_meter(table: CostTable, unit: Unit, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
@@ -149,12 +179,12 @@ def table_meter(table: CostTable, unit: Unit, ladders: Sequence[Sequence[int]], 
         for b, factor in zip(after.tolist(), factors.tolist(), strict=True):
             if factor:
                 joint[a, b] = factor * np.multiply.outer(np.asarray(ladders[a]), np.asarray(ladders[b]))
-    meter = Pairwise(constant=nothing, own=tuple(own), joint=joint)
+    meter = Pairwise(constant=nothing, own=own, joint=joint)
     grid = np.array([[0] * count, [size - 1 for size in sizes], [size // 2 for size in sizes]])
     exact = _counted(table, unit, ladders, branch)
     if (meter.total(grid) == exact(grid)).all():
         return meter
-    return Opaque(count=exact, sizes=sizes)
+    return Opaque(exact, sizes)
 
 
 def _counted(
@@ -170,7 +200,6 @@ def widths_at(ladders: Sequence[Sequence[int]], levels: Ints) -> Ints:
     return widths
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """Least summed value within every budget.
 
@@ -181,30 +210,43 @@ class Problem:
         charge: value that a unit of unspent budget (of the first meter) loses; see `spend_all`.
     """
 
-    values: tuple[Floats, ...]
-    meters: tuple[Meter, ...]
-    capacities: tuple[int, ...]
-    charge: float = 0.0
+    def __init__(
+        self,
+        values: Sequence[npt.NDArray[Any]],
+        meters: Sequence[Meter],
+        capacities: Sequence[int] | Ints,
+        *,
+        charge: float = 0.0,
+    ) -> None:
+        self.values = tuple(np.asarray(v, dtype=np.float64) for v in values)
+        self.meters = tuple(meters)
+        self.capacities = np.asarray(capacities, dtype=np.int64)
+        self.charge = charge
+        self.layout = Layout([v.size for v in self.values])
+        self.value_S = np.concatenate(self.values)
+        self.tolerance = TINY * sum(float(v.max() - v.min()) for v in self.values)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Options of each group."""
-        return tuple(v.size for v in self.values)
-
-    @property
-    def tolerance(self) -> float:
-        """A smaller difference in value is rounding."""
-        return TINY * float(sum(v.max() - v.min() for v in self.values))
+    def charged(self, charge: float) -> Problem:
+        """The same problem with another charge."""
+        return Problem(self.values, self.meters, self.capacities, charge=charge)
 
     def value(self, level: Ints) -> float:
         """Summed value of the options."""
-        return float(sum(v[k] for v, k in zip(self.values, level, strict=True)))
+        return float(self.value_S[self.layout.first + level].sum())
+
+    def gains(self, level: Ints) -> Floats:
+        """Change of the value by every single move, (S,)."""
+        gains: Floats = self.value_S - self.value_S[self.layout.first + level][self.layout.group]
+        return gains
+
+    def spent(self, level: Ints) -> Ints:
+        """Cost by every meter, (M,)."""
+        return np.array([int(meter.total(level[None])[0]) for meter in self.meters], dtype=np.int64)
 
     def goal(self, level: Ints) -> float:
         """Summed value, and the charge for what is not spent."""
-        if not self.charge:
-            return self.value(level)
-        return self.value(level) + self.charge * float(self.capacities[0] - self.meters[0].total(level[None])[0])
+        unspent = int(self.capacities[0]) - int(self.meters[0].total(level[None])[0]) if self.charge else 0
+        return self.value(level) + self.charge * unspent
 
     def fits(self, levels: Ints) -> Bools:
         """Which rows are within every budget: (B, G) -> (B,)."""
@@ -223,24 +265,29 @@ class Outcome:
     iterations: int
 
 
-def minimise(problem: Problem, *, seed: int = 0) -> Outcome:
+def minimise(problem: Problem, *, kicks: int = KICKS, seed: int = 0) -> Outcome:
     """Least summed value within every budget: fixed points of the knapsack, then local search with restarts.
 
     The result is feasible by the meters' own count. It is a local optimum for every single move and every exchange of
     two groups (of costs that are only asked for: up to the estimate that such exchanges are chosen by), and no proof
     of more; its distance to the proven optimum is measured against `joint.solve_joint`.
 
+    Args:
+        problem: values, costs and budgets.
+        kicks: restarts from the best point with a few groups moved at random.
+        seed: of the restarts.
+
     Raises:
         StageError: no options were found within the budgets.
     """
     search = _Search(problem)
-    for start in (np.zeros(len(problem.sizes), dtype=np.int64), least(problem.meters[0], problem.sizes)):
+    for start in (np.zeros(problem.layout.first.size, dtype=np.int64), least(problem.meters[0], problem.layout)):
         search.settle(start, RADII)
     if search.best is None:
-        raise StageError("expected options within the budget; got none; raise the budget")
+        raise StageError("expected options within every budget; got none; raise the budgets")
     draw = np.random.default_rng(seed)
-    for _ in range(KICKS if len(problem.sizes) > 1 else 0):
-        search.settle(_kicked(search.best, problem.sizes, draw), RADII[-1:])
+    for _ in range(kicks if problem.layout.first.size > 1 else 0):
+        search.settle(_kicked(search.best, problem.layout.sizes, draw), RADII[-1:])
     return Outcome(level=tuple(search.best.tolist()), value=problem.value(search.best), iterations=search.iterations)
 
 
@@ -273,17 +320,17 @@ class _Search:
                 break
             level = step
             self.offer(level)
-            spent = [int(meter.total(level[None])[0]) for meter in self.problem.meters]
-            # Two neighbours that both shrink (or both grow) cost more than their sum tells: ask for less next time.
-            slack = max(0.0, slack + 0.5 * (spent[0] - self.problem.capacities[0]))  # halved, so that it settles
-            prices = _priced(self.problem, spent, prices)
+            over = self.problem.spent(level) - self.problem.capacities
+            # Two neighbours that both shrink (or both grow) cost more than their sum tells: ask for less next time,
+            # by half of what is missing, so that it settles.
+            slack = max(0.0, slack + 0.5 * int(over[0]))
+            prices = _priced(self.problem, over, prices)
 
     def offer(self, level: Ints) -> None:
         """Repair and improve a point; keep it if it is the best."""
-        key = level.tobytes()
-        if key in self.seen:
+        if level.tobytes() in self.seen:
             return
-        self.seen.add(key)
+        self.seen.add(level.tobytes())
         repaired = repair(self.problem, level)
         if repaired is None:
             return
@@ -293,13 +340,12 @@ class _Search:
             self.best, self.goal = improved, goal
 
 
-def _priced(problem: Problem, spent: Sequence[int], prices: Floats) -> Floats:
+def _priced(problem: Problem, over: Ints, prices: Floats) -> Floats:
     """Prices of the further budgets: up where one is exceeded, down where it is not."""
     scale = sum(float(v.max() - v.min()) for v in problem.values)
-    raised = prices * 0.7
-    for m in range(1, len(prices)):
-        if spent[m] > problem.capacities[m]:
-            raised[m] = max(prices[m] * 2, scale / max(1, problem.capacities[m]))
+    first = scale / np.maximum(1, problem.capacities)
+    raised: Floats = np.where(over > 0, np.maximum(2 * prices, first), 0.7 * prices)
+    raised[0] = 0.0  # the knapsack itself keeps the first
     return raised
 
 
@@ -312,110 +358,90 @@ def linearised(
         problem: values, costs and capacities.
         level: the present option of each group.
         radius: how many options a group may move.
-        slack: how much less (below zero: more) of the first budget to spend than it allows.
+        slack: how much less of the first budget to spend than it allows.
         prices: value of a unit of each further budget.
 
     Returns:
         The options, or None where the estimate allows none.
     """
-    meter, capacity = problem.meters[0], problem.capacities[0]
-    here = int(meter.total(level[None])[0])
+    layout = problem.layout
+    cost_S = problem.meters[0].changes(level)
+    value_S = problem.value_S - problem.charge * cost_S
+    for price, meter in zip(prices if prices is not None else (), problem.meters, strict=False):
+        if price:
+            value_S = value_S + price * meter.changes(level)
     near = [
-        np.arange(max(0, k - radius), min(size, k + radius + 1)) for k, size in zip(level, problem.sizes, strict=True)
+        slice(first + max(0, at - radius), first + min(size, at + radius + 1))
+        for first, at, size in zip(layout.first.tolist(), level.tolist(), layout.sizes, strict=True)
     ]
-    curves = [c[n] - here for c, n in zip(meter.curves(level), near, strict=True)]
-    values = [v[n] - problem.charge * c for v, n, c in zip(problem.values, near, curves, strict=True)]
-    for m in range(1, len(problem.meters)):
-        if prices is not None and prices[m]:
-            further = problem.meters[m].curves(level)
-            values = [v + prices[m] * c[n] for v, c, n in zip(values, further, near, strict=True)]
-    least = [int(c.min()) for c in curves]
-    room = capacity - here - sum(least) - slack
+    least_G = [int(cost_S[n].min()) for n in near]
+    room = int(problem.capacities[0] - problem.meters[0].total(level[None])[0]) - sum(least_G) - slack
     if room < 0:
         return None
     unit = max(1.0, room / UNITS)
-    costs = [np.ceil((c - low) / unit).astype(np.int64) for c, low in zip(curves, least, strict=True)]
-    return np.array([n[k] for n, k in zip(near, solve(values, costs, int(room / unit)), strict=True)], dtype=np.int64)
+    costs = [np.ceil((cost_S[n] - low) / unit).astype(np.int64) for n, low in zip(near, least_G, strict=True)]
+    chosen = solve([value_S[n] for n in near], costs, int(room / unit))
+    return np.array([n.start + k for n, k in zip(near, chosen, strict=True)], dtype=np.int64) - layout.first
 
 
 def repair(problem: Problem, level: Ints) -> Ints | None:
     """Bring a point within every budget by single moves, the least loss per cost saved first; None where they fail."""
     level = level.copy()
-    option_of = _options(problem.sizes)
-    while True:
-        excess = np.array([int(m.total(level[None])[0]) for m in problem.meters]) - np.array(problem.capacities)
-        if (excess <= 0).all():
-            return level
-        saved = np.zeros(option_of[0].size)
-        for meter, over, capacity in zip(problem.meters, excess, problem.capacities, strict=True):
-            change = _changes(meter, level)
+    layout = problem.layout
+    while ((over := problem.spent(level) - problem.capacities) > 0).any():
+        saved = np.zeros(layout.group.size)
+        for meter, excess, capacity in zip(problem.meters, over.tolist(), problem.capacities.tolist(), strict=True):
+            change = meter.changes(level)
             # What goes beyond the budget is no use, and what newly breaks another one is no repair.
-            saved += np.where(change > np.maximum(0, -over), -np.inf, np.minimum(-change, max(0, int(over)))) / max(
-                1, capacity
-            )
-        gain = np.concatenate([v - v[k] for v, k in zip(problem.values, level, strict=True)])
+            use = np.where(change > max(0, -excess), -np.inf, np.minimum(-change, max(0, excess)))
+            saved += use / max(1, capacity)
         useful = np.flatnonzero(saved > 0)
         if not useful.size:
             return None
-        best = useful[np.argmin(gain[useful] / saved[useful])]
-        level[option_of[0][best]] = option_of[1][best]
-
-
-def _options(sizes: Sequence[int]) -> tuple[Ints, Ints]:
-    """Group and option of each of the S = sum(K_g) flattened options."""
-    return np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
-
-
-def _changes(meter: Meter, level: Ints) -> Ints:
-    """Change of the cost by every single move, (S,)."""
-    changes: Ints = np.concatenate(meter.curves(level)) - int(meter.total(level[None])[0])
-    return changes
+        best = useful[np.argmin(problem.gains(level)[useful] / saved[useful])]
+        level[layout.group[best]] = layout.option[best]
+    return level
 
 
 def improve(problem: Problem, level: Ints) -> Ints:
-    """Make the best move of one group, or exchange of two, that stays within every budget, until there is none."""
-    level = level.copy()
+    """Moves of one group while any improves, then the best exchange of two, until none is left within the budgets."""
     while (better := _best_move(problem, level)) is not None:
         level = better
     return level
 
 
 def _best_move(problem: Problem, level: Ints) -> Ints | None:
-    group_S, option_S, near_S = _near(problem.sizes, level)
-    gain_S = np.concatenate([v - v[k] for v, k in zip(problem.values, level, strict=True)])[near_S]
-    changes, crosses, rooms = [], [], []
-    for meter, capacity in zip(problem.meters, problem.capacities, strict=True):
-        changes.append(_changes(meter, level)[near_S])
-        crosses.append(meter.cross(level, group_S, option_S))
-        rooms.append(capacity - int(meter.total(level[None])[0]))
-    gain_S = gain_S - problem.charge * changes[0]
-    single = np.all([c <= room for c, room in zip(changes, rooms, strict=True)], axis=0) & (gain_S < -problem.tolerance)
-    best = np.flatnonzero(single)[np.argsort(gain_S[single], kind="stable")[:1]]
-    moves: list[tuple[tuple[int, ...], float]] = [((int(s),), float(gain_S[s])) for s in best]
+    near_N = _near(problem.layout, level)
+    rooms = problem.capacities - problem.spent(level)
+    changes = [meter.changes(level)[near_N] for meter in problem.meters]
+    gain_N = problem.gains(level)[near_N] - problem.charge * changes[0]
+    gains = gain_N < -problem.tolerance
+    single = np.all([change <= room for change, room in zip(changes, rooms, strict=True)], axis=0) & gains
+    if single.any():
+        best = int(near_N[np.argmin(np.where(single, gain_N, np.inf))])
+        return _first_fitting(problem, level, [(best,)])
     # Of an exchange that gains, one side gains; the other may be any move of another group.
-    up = np.flatnonzero(gain_S < -problem.tolerance)
-    both = gain_S[up, None] + gain_S[None]
-    fits = group_S[up, None] != group_S[None]
-    for m, (change, cross, room) in enumerate(zip(changes, crosses, rooms, strict=True)):
+    up = np.flatnonzero(gains)
+    group_N = problem.layout.group[near_N]
+    both = gain_N[up, None] + gain_N[None]
+    fits = group_N[up, None] != group_N[None]
+    crosses = [meter.cross(level, near_N[up], near_N) for meter in problem.meters]
+    for change, cross, room in zip(changes, crosses, rooms, strict=True):
         cost = change[up, None] + change[None]
-        if cross is not None:
-            cost += cross[up]
-            if m == 0 and problem.charge:
-                both = both - problem.charge * cross[up]
-        fits &= cost <= room
+        fits &= (cost if cross is None else cost + cross) <= room
+    if problem.charge and crosses[0] is not None:
+        both -= problem.charge * crosses[0]
     fits &= both < -problem.tolerance
     rows, columns = np.nonzero(fits)
-    gains = both[rows, columns]
+    if not rows.size:
+        return None
     exact = all(cross is not None for cross in crosses)
-    order = [int(np.argmin(gains))] if exact and gains.size else np.argsort(gains, kind="stable").tolist()
-    moves += [((int(up[rows[k]]), int(columns[k])), float(gains[k])) for k in order[: VERIFIED * 8]]
-    moves.sort(key=lambda move: move[1])
-    return _first_fitting(problem, level, [move for move, _ in moves], group_S, option_S)
+    sums = both[rows, columns]
+    order = [int(np.argmin(sums))] if exact else np.argsort(sums, kind="stable")[: 8 * VERIFIED].tolist()
+    return _first_fitting(problem, level, [(int(near_N[up[rows[k]]]), int(near_N[columns[k]])) for k in order])
 
 
-def _first_fitting(
-    problem: Problem, level: Ints, moves: Sequence[tuple[int, ...]], group_S: Ints, option_S: Ints
-) -> Ints | None:
+def _first_fitting(problem: Problem, level: Ints, moves: Sequence[tuple[int, ...]]) -> Ints | None:
     """The first of the moves that is within the budgets by exact count and is an improvement."""
     goal = problem.goal(level)
     for start in range(0, len(moves), VERIFIED):
@@ -423,7 +449,7 @@ def _first_fitting(
         rows = np.repeat(level[None], len(batch), axis=0)
         for row, move in zip(rows, batch, strict=True):
             for s in move:
-                row[group_S[s]] = option_S[s]
+                row[problem.layout.group[s]] = problem.layout.option[s]
         for k in np.flatnonzero(problem.fits(rows)):
             if problem.goal(rows[k]) < goal - problem.tolerance:
                 fitting: Ints = rows[k].copy()
@@ -431,14 +457,12 @@ def _first_fitting(
     return None
 
 
-def _near(sizes: Sequence[int], level: Ints) -> tuple[Ints, Ints, Ints]:
-    """Options near the present ones, at most about WINDOW: their group, option and place in the flattened order."""
-    radius = max(sizes)
-    while radius > 1 and sum(min(size, 2 * radius + 1) for size in sizes) > WINDOW:
+def _near(layout: Layout, level: Ints) -> Ints:
+    """Options near the present ones, at most about WINDOW."""
+    radius = max(layout.sizes)
+    while radius > 1 and sum(min(size, 2 * radius + 1) for size in layout.sizes) > WINDOW:
         radius -= 1
-    group_S, option_S = _options(sizes)
-    near = np.flatnonzero(np.abs(option_S - level[group_S]) <= radius)
-    return group_S[near], option_S[near], near
+    return np.flatnonzero(np.abs(layout.option - level[layout.group]) <= radius)
 
 
 def spend_all(problem: Problem, *, seed: int = 0) -> Outcome:
@@ -446,33 +470,37 @@ def spend_all(problem: Problem, *, seed: int = 0) -> Outcome:
 
     Kept score is to fill the budget, also with channels of negative score: what was measured as harmful is seldom so
     once the neighbours have gone, and a budget says how large the model shall be. So unspent budget is charged: the
-    least charge (of those at which some step changes its sign) under which the optimum leaves nothing larger than the
-    cheapest steps, and what is left then goes to the steps of least loss per cost.
+    least charge (of those at which some step changes its sign) under which the optimum leaves no step that fits, and
+    where none does that, what is left goes to the steps of least loss per cost.
     """
-    plain = minimise(problem, seed=seed)
-    level = np.array(plain.level, dtype=np.int64)
-    if not _steps_up(problem, level).size:
-        return plain
-    iterations = plain.iterations
+    outcome = minimise(problem, seed=seed)
+    iterations = outcome.iterations
+    if not _steps_up(problem, np.array(outcome.level)).size:
+        return outcome
     charges = _charges(problem)
-    outcome, low, high = plain, -1, len(charges)
+    low, high = -1, len(charges)
     while high - low > 1:
         middle = (low + high) // 2
-        trial = minimise(replace(problem, charge=charges[middle]), seed=seed)
+        trial = minimise(problem.charged(charges[middle]), kicks=0)
         iterations += trial.iterations
         if _steps_up(problem, np.array(trial.level)).size:
             low = middle
         else:
-            outcome, high = trial, middle
+            high = middle
+    if charges:
+        outcome = minimise(problem.charged(charges[min(high, len(charges) - 1)]), seed=seed)
+        iterations += outcome.iterations
     level = fill(problem, np.array(outcome.level, dtype=np.int64))
     return Outcome(level=tuple(level.tolist()), value=problem.value(level), iterations=iterations)
 
 
 def _charges(problem: Problem) -> list[float]:
     """Loss per cost of the steps that lose by going up, at dense neighbours, ascending and each once."""
-    curves = problem.meters[0].curves(np.zeros(len(problem.sizes), dtype=np.int64))
-    rates = [(v[:-1] - v[1:]) / np.maximum(1, c[:-1] - c[1:]) for v, c in zip(problem.values, curves, strict=True)]
-    rate = np.concatenate(rates)
+    dense = np.zeros(problem.layout.first.size, dtype=np.int64)
+    step = np.flatnonzero(problem.layout.option > 0)
+    cost_S = problem.meters[0].changes(dense)
+    rate = (problem.value_S[step - 1] - problem.value_S[step]) / np.maximum(1, cost_S[step - 1] - cost_S[step])
+    # A little more than the rate itself, for there both sides of the step are worth the same.
     return [float(charge) for charge in np.unique(rate[rate > 0] * (1 + 1e-9))]
 
 
@@ -489,28 +517,23 @@ def fill(problem: Problem, level: Ints) -> Ints:
     """Steps towards the first options while any fits, the least loss (greatest gain) per cost first."""
     level = level.copy()
     while (groups := _steps_up(problem, level)).size:
-        curves = problem.meters[0].curves(level)
-        here = int(problem.meters[0].total(level[None])[0])
-
-        def rate(g: int, curves: list[Ints] = curves, here: int = here) -> float:
-            k = int(level[g])
-            return float(problem.values[g][k - 1] - problem.values[g][k]) / max(1, int(curves[g][k - 1]) - here)
-
-        level[min(groups.tolist(), key=lambda g: (rate(g), g))] -= 1
+        step = problem.layout.first[groups] + level[groups] - 1
+        rate = problem.gains(level)[step] / np.maximum(1, problem.meters[0].changes(level)[step])
+        level[groups[np.argmin(rate)]] -= 1
     return level
 
 
-def least(meter: Meter, sizes: Sequence[int]) -> Ints:
-    """Levels of (nearly) least cost: the last options, then single moves that still save, as latency may step."""
-    level = np.array(sizes, dtype=np.int64) - 1
-    group_S, option_S = _options(sizes)
-    while (change := _changes(meter, level)).min() < 0:
+def least(meter: Meter, layout: Layout) -> Ints:
+    """Levels of (nearly) least cost: the last options, then single moves that still save, as latency goes in stairs."""
+    level = np.array(layout.sizes, dtype=np.int64) - 1
+    while (change := meter.changes(level)).min() < 0:
         best = int(np.argmin(change))
-        level[group_S[best]] = option_S[best]
+        level[layout.group[best]] = layout.option[best]
     return level
 
 
 __all__ = [
+    "Layout",
     "Meter",
     "Opaque",
     "Outcome",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusepress.pipeline.errors import RecipeError, StageError
 from fusepress.pipeline.graph.cost import CostTable, Ints, Unit
-from fusepress.pipeline.pruning.budget import Meter, Opaque, least, table_meter, widths_at
+from fusepress.pipeline.pruning.budget import Meter, Opaque, Problem, least, table_meter, widths_at
 from fusepress.pipeline.recipe import PruneConfig
 
 NANOSECONDS = 1e6  # in a millisecond: latency is counted in whole ones
@@ -80,18 +80,12 @@ class LatencySpend:
         """The same cost as a function of levels of the ladders."""
         assert branch is None
 
-        def alone(level: Ints) -> list[Ints]:
+        def alone(level: Ints) -> Ints:
             widths = self._named(widths_at(ladders, level))
-            return [
-                self._counted(self.latency.curve(group, widths, ladder))
-                for group, ladder in zip(self.ids, ladders, strict=True)
-            ]
+            curves = [self.latency.curve(group, widths, x) for group, x in zip(self.ids, ladders, strict=True)]
+            return self._counted(np.concatenate(curves))
 
-        return Opaque(
-            count=lambda levels: self.total(widths_at(ladders, levels)),
-            sizes=tuple(len(ladder) for ladder in ladders),
-            alone=alone,
-        )
+        return Opaque(lambda levels: self.total(widths_at(ladders, levels)), [len(x) for x in ladders], alone)
 
     def _named(self, widths: Ints) -> dict[str, int]:
         return dict(zip(self.ids, widths.tolist(), strict=True))
@@ -197,14 +191,14 @@ def _latency(
     return spend, (Limit(key="prune.latency_ms", branch=None, given=budget_ms, bound=bound, dense=dense),)
 
 
-def require(limits: Sequence[Limit], meters: Sequence[Meter], sizes: Sequence[int]) -> None:
+def require(limits: Sequence[Limit], problem: Problem) -> None:
     """Refuse budgets that even the smallest widths break.
 
     Raises:
         RecipeError: the least budget is named.
     """
-    for limit, meter in zip(limits, meters, strict=True):
-        lowest = int(meter.total(least(meter, sizes)[None])[0])
+    for limit, meter in zip(limits, problem.meters, strict=True):
+        lowest = int(meter.total(least(meter, problem.layout)[None])[0])
         if limit.exceeded(np.array(lowest)):
             raise limit.refusal(lowest)
 
