@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from fusepress.pipeline.graph.cost import CostModel, count_macs, count_params
 from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.graph.masks import MaskHolder
 from fusepress.pipeline.pruning.allocate import Allocation, allocate
+from fusepress.pipeline.pruning.ladders import ladder_widths
 from fusepress.pipeline.recipe import FinetuneConfig, PruneConfig, Recipe, ScoreConfig, load_recipe
 from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
 from fusepress.pipeline.recovery.finetune import finetune
@@ -37,6 +38,9 @@ from fusepress.pipeline.scoring.result import ScoreResult, load_scores, save_sco
 from fusepress.pipeline.stages.base import tool_versions
 from fusepress.pipeline.store import sha256_file
 from fusepress.pipeline.task import Batch, LoadedTask, Split, load_task
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.pruning.curves import DistortionTable
 
 SCORE_KEYS = ("batches", "reactivation_batches", "reactivation_lr")  # taken from the task's own recipe
 CACHED_TASKS = ("street",)  # whose training stream is endless and costs more to make than to read
@@ -143,6 +147,7 @@ class Bench:
         self.dense.eval()
         self.graph = find_groups(self.dense, self.inputs, self.task.branches, self.task.keep)
         self.cost = CostModel(self.graph, self.dense, self.inputs)
+        self.tables: dict[str, DistortionTable] = {}
         self.cut: dict[tuple[str, float], tuple[nn.Module, float]] = {}
 
     def _look_at_data(self) -> tuple[dict[str, Tensor], str]:
@@ -351,9 +356,36 @@ class Pruner:
 
     def _allocate(self, scores: dict[str, Any], log: dict[str, Any]) -> Allocation:
         bench, config = self.bench, self._config()
+        align = bench.protocol.align
         if config.allocation != "distortion":
-            return allocate(scores, bench.graph, bench.cost, config, align=bench.protocol.align)
-        raise Skipped("no distortion tables yet")
+            return allocate(scores, bench.graph, bench.cost, config, align=align)
+        table = self._distortion_table(scores, config)
+        facts = {"eta": table.eta, "samples": table.samples, "notes": list(table.notes), **table.facts}
+        log["distortion"] = {name: value for name, value in facts.items() if value == value}  # NaN is no JSON
+        fixed = config.distortion.model_copy(update={"eta": table.eta})
+        config = config.model_copy(update={"distortion": fixed})
+        return allocate(scores, bench.graph, bench.cost, config, align=align, distortion=table.curves)
+
+    def _distortion_table(self, scores: dict[str, Any], config: PruneConfig) -> DistortionTable:
+        """Measured once a method and seed; every budget reads the same table."""
+        from fusepress.pipeline.pruning.distortion import distortion_table
+
+        bench, seed = self.bench, self.cell.seed
+        key = digest([{name: value.tolist() for name, value in scores.items()}, seed, str(config.distortion)])
+        if key not in bench.tables:
+            align, notes = bench.protocol.align, list[str]()
+            ladders = {group.id: ladder_widths(group, config, align, notes) for group in bench.graph.groups}
+            bench.tables[key] = distortion_table(
+                bench.dense,
+                bench.task,
+                bench.graph,
+                scores,
+                ladders,
+                config.distortion,
+                seed=seed,
+                out=bench.results.folder / "tables" / key,
+            )
+        return bench.tables[key]
 
     def _by_weights(self) -> Pruned:
         """Masks over all weights of two or more dimensions (norms and biases are too few to save anything)."""

@@ -14,7 +14,7 @@ from fusepress.pipeline.store import atomic_write_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = {"street": ROOT / "examples/street/recipe.yaml", "kitti_depth": ROOT / "examples/kitti_depth/recipe.yaml"}
-SUITES = ("core", "more", "unstructured", "kitti")
+SUITES = ("core", "variants", "more", "unstructured", "kitti")
 CORE_BUDGETS = (0.4, 0.25)
 MORE_BUDGETS = (0.4, 0.25, 0.6, 0.15)
 WEIGHT_BUDGETS = (0.1, 0.15, 0.2)  # kept fractions of the weights: 90, 85 and 80 % removed
@@ -117,8 +117,8 @@ def planned(suites: Sequence[str], seeds: Sequence[int], methods: Sequence[str] 
 
 
 def _suite(suite: str, seeds: Sequence[int]) -> Iterator[Cell]:
-    if suite == "core":
-        yield from _structured("street", [s for s in ALL if s.suite == "core"], CORE_BUDGETS, seeds)
+    if suite in ("core", "variants"):
+        yield from _structured("street", [s for s in ALL if s.suite == suite], CORE_BUDGETS, seeds)
     elif suite == "more":
         core = [s for s in ALL if s.suite == "core"]
         yield from _structured("street", [s for s in ALL if s.suite == "more"], MORE_BUDGETS[:2], seeds)

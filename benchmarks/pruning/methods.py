@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Source = Literal["ours", "dense", "torch_pruning", "modelopt"]
-Suite = Literal["core", "more", "unstructured"]
+Suite = Literal["core", "variants", "more", "unstructured"]
 
 GLOBAL: Mapping[str, Any] = {"allocation": "global", "rank": "score_per_cost"}
 IMPORTANCE: Mapping[str, Any] = {"allocation": "importance"}
@@ -34,7 +34,7 @@ class MethodSpec:
     Attributes:
         name: in file names and options.
         label: in tables.
-        suite: where it belongs; core is the table that the claims are judged by.
+        suite: core is the table that the claims are judged by; variants stand in it too, but run later.
         source: whose code chooses the channels.
         score: keys of the recipe's score section; batches and reactivation length come from the task's own recipe.
         prune: keys of the recipe's prune section beside the budget.
@@ -85,11 +85,13 @@ ALL: tuple[MethodSpec, ...] = (
     ),
     _ours("altermoma_literal", "AlterMOMA, literal", _LITERAL, {"allocation": "global", "rank": "score"}),
     _ours("altermoma", "AlterMOMA, gate per MAC", MOMA, GLOBAL),
-    _ours("altermoma_b0", "AlterMOMA without its second term (beta 0)", _NO_BETA, GLOBAL),
+    _ours("altermoma_b0", "AlterMOMA without its second term (beta 0)", _NO_BETA, GLOBAL, suite="variants"),
     _ours("mmprune4u", "MMPrune4U (magnitude channels)", "magnitude", DISTORTION),
-    _ours("mmprune4u_taylor", "MMPrune4U with Taylor channels", "taylor", DISTORTION),
-    _ours("importance_altermoma", "importance under budget, AlterMOMA", MOMA, IMPORTANCE),
-    _ours("importance_altermoma_b0", "importance under budget, AlterMOMA beta 0", _NO_BETA, IMPORTANCE),
+    _ours("mmprune4u_taylor", "MMPrune4U with Taylor channels", "taylor", DISTORTION, suite="variants"),
+    _ours("importance_altermoma", "importance under budget, AlterMOMA", MOMA, IMPORTANCE, suite="variants"),
+    _ours(
+        "importance_altermoma_b0", "importance under budget, AlterMOMA beta 0", _NO_BETA, IMPORTANCE, suite="variants"
+    ),
     MethodSpec(name="dense_trained", label="dense, fine-tuned alike", source="dense", suite="more"),
     _ours("taylor_score", "Taylor, not per MAC", "taylor", {"allocation": "global", "rank": "score"}, suite="more"),
     _ours("group_norm", "group norm, per MAC", "group_norm", GLOBAL, suite="more"),

@@ -1,0 +1,101 @@
+"""Latency of the networks in the store: predicted on the target, and measured on this host's ONNX Runtime.
+
+Latency depends on widths alone, so each set of widths is exported once: the dense network cut to its first channels.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.pruning.cells import TASKS, digest
+from fusepress.pipeline.store import atomic_write_text
+
+if TYPE_CHECKING:
+    from benchmarks.pruning.bench import Bench
+    from fusepress.targets.profile import Profile
+
+HOST_SECONDS = 4.0
+PRECISION = "fp16"  # of the prediction; the host runs float32
+
+
+def _path(store: Path, row: Mapping[str, Any]) -> Path:
+    name = digest([row["cell"]["task"], row["identity"]["data"], row["widths"]])
+    return store / "latency" / f"{row['cell']['task']}-{name}.json"
+
+
+def known(store: Path, row: Mapping[str, Any]) -> dict[str, float] | None:
+    """What is known of a cell's network: name of the figure -> milliseconds."""
+    path = _path(store, row)
+    if not path.is_file():
+        return None
+    return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
+
+
+def fill(store: Path, rows: Sequence[Mapping[str, Any]], *, measure: bool) -> None:
+    """Predict (and measure) every network that is not known yet, and the dense one of each task."""
+    for name in dict.fromkeys(row["cell"]["task"] for row in rows):
+        if name in TASKS:
+            _Exporter(store, name).fill([row for row in rows if row["cell"]["task"] == name], measure=measure)
+
+
+class _Exporter:
+    """One task, its target and its dense network."""
+
+    def __init__(self, store: Path, task: str) -> None:
+        from benchmarks.pruning.bench import Bench
+        from benchmarks.pruning.cells import Protocol, Results
+        from fusepress.targets.profile import load_profile
+
+        self.store = store
+        self.bench: Bench = Bench(task, Protocol(), Results(store), cache=None)
+        self.profile: Profile = load_profile(self.bench.recipe.target)
+
+    def fill(self, rows: Sequence[Mapping[str, Any]], *, measure: bool) -> None:
+        groups = set(self.bench.graph.widths)
+        for row in rows:
+            found = known(self.store, row) or {}
+            if set(row["widths"]) != groups or ("predicted_ms" in found and (not measure or "host_ms" in found)):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "network.onnx"
+                path.write_bytes(self._onnx(row["widths"]))
+                found |= self._predicted(path)
+                if measure:
+                    found |= self._measured(path)
+            atomic_write_text(_path(self.store, row), json.dumps(found) + "\n")
+
+    def _onnx(self, widths: Mapping[str, int]) -> bytes:
+        import copy
+
+        from fusepress.pipeline.evaluate import torch_predict
+        from fusepress.pipeline.graph.apply import apply_plan
+        from fusepress.pipeline.graph.probe import probe_onnx
+
+        bench = self.bench
+        kept = {group.id: _first(group.width, group.multiple, widths[group.id]) for group in bench.graph.groups}
+        model = apply_plan(copy.deepcopy(bench.dense), bench.graph.plan(kept))
+        return probe_onnx(model, bench.inputs, list(torch_predict(bench.task, model)(dict(bench.inputs))))
+
+    def _predicted(self, path: Path) -> dict[str, float]:
+        from fusepress.targets.predict import predict_latency
+
+        found = predict_latency(path, self.profile, PRECISION)
+        return {"predicted_ms": found.latency_ms, "predicted_low_ms": found.low_ms, "predicted_high_ms": found.high_ms}
+
+    def _measured(self, path: Path) -> dict[str, float]:
+        from fusepress.export.runtime import OnnxSession
+        from fusepress.targets.measure import measure_latency
+
+        run = OnnxSession(path, integer_kernels=True).timed_callable(self.bench.inputs)
+        found = measure_latency(run, max_seconds=HOST_SECONDS)
+        return {"host_ms": found.mean_ms, "host_low_ms": found.mean_low_ms, "host_high_ms": found.mean_high_ms}
+
+
+def _first(width: int, parts: int, kept: int) -> list[int]:
+    """The first channels of each part of a group."""
+    size, take = width // parts, kept // parts
+    return [part * size + channel for part in range(parts) for channel in range(take)]
