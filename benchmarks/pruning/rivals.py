@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.graph.cost import count_macs
 
-TRIES = 12
+TRIES = 10
 
 
 def prune_by_torch_pruning(
