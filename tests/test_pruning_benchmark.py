@@ -84,9 +84,9 @@ def test_finished_cells_are_within_the_budget_and_never_run_again(
 def test_a_cell_that_fails_is_kept_as_failed_and_the_next_one_runs(
     options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks.pruning import bench
+    from fusepress.pipeline.scoring import criteria
 
-    real = bench.criteria.score_channels
+    real = criteria.score_channels
     tries = []
 
     def broken(model: Any, task: Any, graph: Any, config: Any, **named: Any) -> Any:
@@ -95,7 +95,7 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_next_one_runs(
             raise RuntimeError("no gradients today")
         return real(model, task, graph, config, **named)
 
-    monkeypatch.setattr(bench.criteria, "score_channels", broken)
+    monkeypatch.setattr(criteria, "score_channels", broken)
     before = len(_cells(options))
     for _ in range(3):
         _work(options, "taylor", "random")
@@ -109,7 +109,8 @@ def test_another_seed_or_setting_is_another_cell() -> None:
     from benchmarks.pruning.cells import Cell, Protocol, digest, identity
 
     def key(protocol: Protocol, checkpoint: str = "a", **changes: Any) -> str:
-        cell = {"task": "street", "method": "taylor", "kind": "structured", "budget": 0.4, "seed": 0} | changes
+        cell: dict[str, Any] = {"task": "street", "method": "taylor", "kind": "structured", "budget": 0.4, "seed": 0}
+        cell |= changes
         return digest(identity(Cell(**cell), protocol, {"checkpoint": checkpoint}))
 
     keys = [
@@ -159,7 +160,8 @@ def test_a_difference_is_paired_over_seeds_and_over_streets() -> None:
     groups = [f"street-{n // 4}" for n in range(80)]
     weights = street_draws(20)
     union = generator.integers(50, 100, size=(80, 3))
-    first, second, draws_first, draws_second = {}, {}, {}, {}
+    first, second = dict[int, float](), dict[int, float]()
+    draws_first, draws_second = dict[int, Any](), dict[int, Any]()
     street = generator.integers(0, 40, size=20).repeat(4)[:, None]  # what all find hard cancels in the difference
     for seed in range(5):
         hard = street + generator.integers(0, 5, size=(80, 3))
