@@ -25,7 +25,7 @@ from fusepress.pipeline.scoring.criteria import METHODS, score_channels, score_w
 from fusepress.pipeline.scoring.curvature import Curvature
 from fusepress.pipeline.scoring.gradients import Passes
 from fusepress.pipeline.scoring.grasp import grasp_weights, score_grasp
-from fusepress.pipeline.scoring.iterative import Rounds, score_in_rounds
+from fusepress.pipeline.scoring.iterative import Put, Rounds, score_in_rounds
 from fusepress.pipeline.scoring.norms import cumulative_shares, score_group_norm
 from fusepress.pipeline.scoring.prospr import Order, prospr_weights, score_prospr
 from fusepress.pipeline.scoring.result import ScoreResult
@@ -514,9 +514,16 @@ def test_whoever_goes_earlier_ranks_lower(rounds: int, units: int, seed: int, lo
     generator = np.random.default_rng(seed)
     drawn = [torch.from_numpy((generator.random(units) + low) * scale ** (r % 2)) for r in range(rounds)]
     least = units // 5
-    plan = Rounds(least=[(least, min(least, 2)), (units - least, 1)], rounds=rounds, left=0.3)
+    parts = {"a": (least, min(least, 2)), "b": (units - least, 1)}
+    plan = Rounds(least=parts, rounds=rounds, left=0.3, like=drawn[0])
     history: list[Tensor] = []
-    result, counts = plan.run(lambda r: drawn[r].clone(), lambda alive, _: history.append(alive.clone()))
+
+    def score(number: int, put: Put) -> None:
+        put("a", drawn[number][:least])
+        put("b", drawn[number][least:])
+
+    found, counts = plan.run(score, lambda alive, _: history.append(torch.cat([alive["a"], alive["b"]])))
+    result = torch.cat([found["a"], found["b"]])
     assert len(history) == rounds - 1
     previous = torch.ones(units, dtype=torch.bool)
     single = result.float()

@@ -512,22 +512,41 @@ def branch_statistics(scores: Mapping[str, Tensor], branch_of: Mapping[str, str]
     flat = {key: value.detach().flatten() for key, value in scores.items()}
     if not flat:
         return {}
-    order = torch.cat(list(flat.values())).argsort(stable=True, descending=True)
-    members = {b: [key for key in flat if branch_of[key] == b] for b in dict.fromkeys(branch_of.values())}
-    names = list(members)
-    owner = torch.cat([torch.full_like(v, names.index(branch_of[k]), dtype=torch.int16) for k, v in flat.items()])
-    ranked = owner[order]
+    kept = _kept_of_keys(flat)
     result: dict[str, dict[str, Any]] = {}
-    for index, branch in enumerate(names):
-        values = torch.cat([flat[key] for key in members[branch]]).double()
-        kept = {f: int((ranked[: round(f * len(ranked))] == index).sum()) / len(values) for f in KEPT_AT}
+    for branch in dict.fromkeys(branch_of.values()):
+        keys = [key for key in flat if branch_of[key] == branch]
+        count = sum(flat[key].numel() for key in keys)
+        total = math.fsum(float(flat[key].sum(dtype=torch.float64)) for key in keys)
+        spread = math.fsum(float((flat[key].double() - total / count).square_().sum()) for key in keys)
         result[branch] = {
-            "count": len(values),
-            "sum": float(values.sum()),
-            "mean": float(values.mean()),
-            "std": float(values.std(correction=0)),
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "kept_at": {f"{fraction:g}": share for fraction, share in kept.items()},
+            "count": count,
+            "sum": total,
+            "mean": total / count,
+            "std": math.sqrt(spread / count),
+            "min": min(float(flat[key].min()) for key in keys),
+            "max": max(float(flat[key].max()) for key in keys),
+            "kept_at": {f"{f:g}": sum(kept[f][key] for key in keys) / count for f in KEPT_AT},
         }
     return result
+
+
+def _kept_of_keys(flat: Mapping[str, Tensor]) -> dict[float, dict[str, int]]:
+    """For each of KEPT_AT, how many of each key are among the highest of all; ties go to the earlier key.
+
+    Sorts one copy in place: scores of single weights are as many as the parameters, and ranks of them twice as large.
+    """
+    ordered = torch.cat(list(flat.values())).cpu().numpy()
+    ordered.sort()
+    found: dict[float, dict[str, int]] = {}
+    for fraction in KEPT_AT:
+        count = round(fraction * len(ordered))
+        limit = float(ordered[len(ordered) - count]) if count else math.inf
+        above = {key: int((value > limit).sum()) for key, value in flat.items()}
+        spare = count - sum(above.values())
+        for key, value in flat.items():
+            ties = min(spare, int((value == limit).sum()))
+            above[key] += ties
+            spare -= ties
+        found[fraction] = above
+    return found

@@ -84,6 +84,11 @@ class ChannelScorer:
                 )
             self._scored[group.id] = chosen
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of all parameters whose products count."""
+        return frozenset(member.param for members in self._scored.values() for member in members)
+
     def _chosen(self, model: nn.Module, group: Group, members: Sequence[Member]) -> list[Member]:
         if self._aggregation == "gate":
             return gate_members(model, members)

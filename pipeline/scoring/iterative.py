@@ -36,8 +36,8 @@ from fusepress.pipeline.scoring.common import (
     channel_result,
     first_names,
     trainable_of,
-    weight_branches,
     weight_result,
+    weights_of,
 )
 from fusepress.pipeline.scoring.gradients import Passes, Progress, reactivate, silent
 from fusepress.pipeline.scoring.masking import Snapshot, untouched
@@ -50,59 +50,86 @@ WEIGHTS_LEFT = 0.1
 FLOOR = 0.1  # of any group that is never gated off
 APART = 1e-6  # relative distance between rounds, which float32 still tells apart
 
+Put = Callable[[str, Tensor], None]  # (key, its scores of any shape)
+Score = Callable[[int, Put], None]
+Remove = Callable[[Mapping[str, Tensor], int], None]
 Train = Callable[[MaskHolder, int, Progress], int]  # (masks to hold, round, progress) -> passes
 Training = Callable[[Snapshot], Train]  # what the model was before -> how to train it between rounds
 
 
 @dataclass(slots=True, kw_only=True)
 class Rounds:
-    """Which units are alive, and the scores of those that went; all units lie in one flat vector.
+    """Which units are alive, and the scores of those that went.
+
+    Holds one score a unit, which round it went in, and while it chooses a copy of the scores that may go.
 
     Attributes:
-        least: per key (in the order of the vector) its number of units and how many of them never go.
+        least: key (a group or a parameter) -> how many units it has, and how many of them never go.
         rounds: R.
         left: k, the share that is alive in the last round.
+        like: of the dtype and on the device that scores have.
     """
 
-    least: Sequence[tuple[int, int]]
+    least: Mapping[str, tuple[int, int]]
     rounds: int
     left: float
+    like: Tensor
 
-    def run(self, score: Callable[[int], Tensor], remove: Callable[[Tensor, int], None]) -> tuple[Tensor, list[int]]:
+    def run(self, score: Score, remove: Remove) -> tuple[dict[str, Tensor], list[int]]:
         """Score, remove, and so on.
 
         Args:
-            score: round -> fresh scores of all units, alive or not, (N,); may be changed in place.
-            remove: given which units are alive (N,) and the round that is over, gates the others off.
+            score: called with the round; scores all units, alive or not, and puts them down key by key (a key that it
+                leaves out has zeros).
+            remove: called with which units are alive, key -> bool (n,), and the round that is over.
 
         Returns:
-            One score a unit (N,), and how many units each round scored.
+            Key -> one score a unit (n,), and how many units each round scored.
         """
-        found = score(0)
-        alive = torch.ones_like(found, dtype=torch.bool)
-        gone_in = torch.full_like(found, self.rounds - 1, dtype=torch.int16)
-        result, counts = found, [found.numel()]
-        for number in range(1, self.rounds):
-            target = round(found.numel() * self.left ** (number / (self.rounds - 1)))
-            drop = self._lowest(found, alive, int(alive.sum()) - target)
-            alive[drop] = False
-            gone_in[drop] = number - 1
-            remove(alive, number - 1)
-            found = score(number)
-            result = torch.where(alive, found, result)
+        total = sum(size for size, _ in self.least.values())
+        result = torch.zeros(total, dtype=self.like.dtype, device=self.like.device)
+        alive = torch.ones(total, dtype=torch.bool, device=result.device)
+        gone_in = torch.full_like(alive, self.rounds - 1, dtype=torch.int16)
+        scores, on = self._by_key(result), self._by_key(alive)
+
+        def put(key: str, values: Tensor) -> None:
+            torch.where(on[key], values.flatten().to(result.dtype), scores[key], out=scores[key])
+
+        counts = []
+        for number in range(self.rounds):
+            result.masked_fill_(alive, 0.0)
+            score(number, put)
             counts.append(int(alive.sum()))
-        return raise_later_rounds(result, gone_in, self.rounds), counts
+            if number + 1 < self.rounds:
+                target = round(total * self.left ** ((number + 1) / (self.rounds - 1)))
+                drop = self._lowest(result, alive, counts[-1] - target)
+                alive &= ~drop
+                gone_in.masked_fill_(drop, number)
+                remove(on, number)
+        return self._by_key(raise_later_rounds(result, gone_in, self.rounds)), counts
+
+    def _by_key(self, flat: Tensor) -> dict[str, Tensor]:
+        sizes = [size for size, _ in self.least.values()]
+        return dict(zip(self.least, flat.split(sizes), strict=True))
 
     def _lowest(self, scores: Tensor, alive: Tensor, count: int) -> Tensor:
-        """Indices of the `count` lowest units that are alive and may go (fewer where fewer may)."""
+        """Which are the `count` lowest units that are alive and may go (fewer where fewer may), ties by position."""
         free = alive.clone()
-        starts = itertools.accumulate((size for size, _ in self.least), initial=0)
-        for start, (size, least) in zip(starts, self.least, strict=False):
+        for (_, least), part, on in zip(
+            self.least.values(), self._by_key(scores).values(), self._by_key(free).values(), strict=True
+        ):
             if least:
-                own = torch.where(alive[start : start + size], scores[start : start + size], -math.inf)
-                free[start + own.argsort(descending=True, stable=True)[:least]] = False
-        candidates = free.nonzero().flatten()
-        return candidates[scores[candidates].argsort(stable=True)[: max(0, count)]]
+                on[torch.where(on, part, -math.inf).argsort(descending=True, stable=True)[:least]] = False
+        count = min(count, int(free.sum()))
+        if count <= 0:
+            return torch.zeros_like(free)
+        candidates = scores[free].cpu().numpy()
+        candidates.partition(count - 1)  # in place: no copy of all scores
+        limit = float(candidates[count - 1])
+        drop = free & (scores < limit)
+        ties = (free & (scores == limit)).nonzero().flatten()
+        drop[ties[: count - int(drop.sum())]] = True
+        return drop
 
 
 def raise_later_rounds(scores: Tensor, gone_in: Tensor, rounds: int) -> Tensor:
@@ -126,7 +153,7 @@ def raise_later_rounds(scores: Tensor, gone_in: Tensor, rounds: int) -> Tensor:
             margin = max(APART * max(abs(top), float(values.abs().max())), 1e-30)
             lift = top + margin - float(values.min())
             if lift > 0:
-                scores[own] = values = values + lift
+                scores[own] = values.add_(lift)
         top = float(values.max())
     return scores
 
@@ -159,18 +186,19 @@ def score_in_rounds(
         name: what the log calls it; default: config.method.
     """
     groups = list(graph.groups)
-    rounds = Rounds(least=[(g.width, least_of(g)) for g in groups], rounds=config.rounds, left=CHANNELS_LEFT)
-    widths = [group.width for group in groups]
+    least = {group.id: (group.width, least_of(group)) for group in groups}
+    rounds = Rounds(least=least, rounds=config.rounds, left=CHANNELS_LEFT, like=torch.empty(0, dtype=torch.float64))
     log = _Log(rounds=config.rounds, progress=progress, trains=training is not None)
 
-    def score(number: int) -> Tensor:
+    def score(number: int, put: Put) -> None:
         _set_trainable(model, snapshot)
         result = method(model, task, graph, config, seed=seed, progress=log.part(number, 0))
         log.add(result.log)
-        return torch.cat([torch.from_numpy(result.channel[group.id]).double() for group in groups])
+        for key, vector in result.channel.items():
+            put(key, torch.from_numpy(vector))
 
-    def remove(alive: Tensor, number: int) -> None:
-        holder = MaskHolder(channel_masks(model, groups, alive.split(widths)))
+    def remove(alive: Mapping[str, Tensor], number: int) -> None:
+        holder = MaskHolder(channel_masks(model, groups, alive))
         holder.apply(model)
         if training is not None:
             log.passes += training(snapshot)(holder, number, log.part(number, 1))
@@ -178,8 +206,7 @@ def score_in_rounds(
     with untouched(model, seed=seed) as snapshot:
         scores, counts = rounds.run(score, remove)
     progress(1.0, "rounds")
-    vectors = {group.id: part for group, part in zip(groups, scores.split(widths), strict=True)}
-    return channel_result(vectors, groups, log.finished(name or config.method, seed, counts))
+    return channel_result(scores, groups, log.finished(name or config.method, seed, counts))
 
 
 def least_of(group: Group) -> int:
@@ -187,18 +214,18 @@ def least_of(group: Group) -> int:
     return max(1, group.multiple, math.ceil(FLOOR * group.width))
 
 
-def channel_masks(model: nn.Module, groups: Sequence[Group], alive: Sequence[Tensor]) -> dict[str, Tensor]:
+def channel_masks(model: nn.Module, groups: Sequence[Group], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks (True = kept) over every parameter that a gated channel runs through, readers included.
 
     Args:
         model: the network.
         groups: the coupled groups.
-        alive: per group, which channels are on (width,).
+        alive: group id -> which channels are on (width,).
     """
     parameters, first = dict(model.named_parameters(remove_duplicate=False)), first_names(model)
     masks: dict[str, Tensor] = {}
-    for group, on in zip(groups, alive, strict=True):
-        off = (~on).nonzero().flatten().tolist()
+    for group in groups:
+        off = (~alive[group.id]).nonzero().flatten().tolist()
         for member in group.members if off else ():
             if member.param in parameters:
                 parameter = parameters[member.param]
@@ -220,32 +247,37 @@ def weights_in_rounds(
 ) -> WeightResult:
     """Any weight method in `config.rounds` rounds, as for channels; layers may lose all their weights.
 
-    Holds three copies of the parameters (and as many bits of masks) on top of the method's own.
+    Holds two copies of the parameters and, in bytes, one of masks and round numbers on top of the method's own.
     """
-    shapes = {key: dict(model.named_parameters())[key].shape for key in weight_branches(model, task)}
-    sizes = [shape.numel() for shape in shapes.values()]
-    rounds = Rounds(least=[(size, 0) for size in sizes], rounds=config.rounds, left=WEIGHTS_LEFT)
+    values = weights_of(model, task)
+    rounds = weight_rounds(values, config.rounds)
     log = _Log(rounds=config.rounds, progress=progress, trains=training is not None)
 
-    def whole(flat: Tensor) -> dict[str, Tensor]:
-        return {key: part.reshape(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}
-
-    def score(number: int) -> Tensor:
+    def score(number: int, put: Put) -> None:
         _set_trainable(model, snapshot)
         scores, found = method(model, task, config, seed=seed, progress=log.part(number, 0))
         log.add(found)
-        return torch.cat([scores[key].flatten() for key in shapes])
+        for key, value in scores.items():
+            put(key, value)
 
-    def remove(alive: Tensor, number: int) -> None:
-        holder = MaskHolder(whole(alive))
+    def remove(alive: Mapping[str, Tensor], number: int) -> None:
+        holder = MaskHolder({key: on.reshape(values[key].shape) for key, on in alive.items()})
         holder.apply(model)
         if training is not None:
             log.passes += training(snapshot)(holder, number, log.part(number, 1))
 
     with untouched(model, seed=seed) as snapshot:
-        scores, counts = rounds.run(score, remove)
+        flat, counts = rounds.run(score, remove)
     progress(1.0, "rounds")
-    return weight_result(model, task, whole(scores), log.finished(name or config.method, seed, counts))
+    whole = {key: part.reshape(values[key].shape) for key, part in flat.items()}
+    return weight_result(model, task, whole, log.finished(name or config.method, seed, counts))
+
+
+def weight_rounds(values: Mapping[str, Tensor], rounds: int) -> Rounds:
+    """Rounds over single weights: no layer is spared."""
+    least = {key: (value.numel(), 0) for key, value in values.items()}
+    like = next(iter(values.values()))
+    return Rounds(least=least, rounds=rounds, left=WEIGHTS_LEFT, like=like)
 
 
 @dataclass(slots=True, kw_only=True)

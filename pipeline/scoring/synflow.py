@@ -41,11 +41,11 @@ from fusepress.pipeline.scoring.common import (
     channel_result,
     first_names,
     is_bias,
-    weight_branches,
     weight_result,
+    weights_of,
 )
 from fusepress.pipeline.scoring.gradients import Passes, Progress, scoring_batches, silent
-from fusepress.pipeline.scoring.iterative import CHANNELS_LEFT, WEIGHTS_LEFT, Rounds, channel_masks, least_of
+from fusepress.pipeline.scoring.iterative import CHANNELS_LEFT, Put, Rounds, channel_masks, least_of, weight_rounds
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.task import LoadedTask
 
@@ -64,71 +64,58 @@ def score_synflow(
 ) -> ScoreResult:
     """SynFlow of channels: the share of the flow that passes the channel's gate, in rounds.
 
-    One pass of a single sample a round; holds two copies of the parameters, in float64.
+    One pass of a single sample a round; holds the parameters once, in float64 (and the gradients in flight).
     """
     groups = list(graph.groups)
     rounds = config.rounds if config.rounds > 1 else ROUNDS
     scorer = ChannelScorer(model, groups, "gate")
     flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
-    widths = [group.width for group in groups]
     first = first_names(model)
+    counted = {first[name] for name in scorer.parameters}
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    def score(_number: int) -> Tensor:
+    def score(_number: int, put: Put) -> None:
         products: dict[str, Tensor] = {}
 
         def note(name: str, value: Tensor, slope: Tensor) -> None:
-            products[name] = torch.zeros_like(value) if is_bias(name) else value * slope
+            if name in counted:
+                products[name] = torch.zeros_like(value) if is_bias(name) else value * slope
 
         def product(name: str) -> Tensor:
             found = products.get(first[name])
             return torch.zeros_like(parameters[name], dtype=torch.float64) if found is None else found
 
         flow.measure(note)
-        return torch.cat([scorer.signed(product, group.id).cpu() for group in groups])
+        for group in groups:
+            put(group.id, scorer.signed(product, group.id).cpu())
 
-    def remove(alive: Tensor, _number: int) -> None:
-        flow.masks = channel_masks(model, groups, alive.split(widths))
+    def remove(alive: Mapping[str, Tensor], _number: int) -> None:
+        flow.masks = channel_masks(model, groups, alive)
 
-    plan = Rounds(least=[(group.width, least_of(group)) for group in groups], rounds=rounds, left=CHANNELS_LEFT)
+    least = {group.id: (group.width, least_of(group)) for group in groups}
+    plan = Rounds(least=least, rounds=rounds, left=CHANNELS_LEFT, like=torch.empty(0, dtype=torch.float64))
     with flow.ready():
         scores, counts = plan.run(score, remove)
-    vectors = {group.id: part for group, part in zip(groups, scores.split(widths), strict=True)}
-    return channel_result(vectors, groups, flow.log(counts))
+    return channel_result(scores, groups, flow.log(counts))
 
 
 def synflow_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SynFlow of single weights: three tensors of the parameters' size at a time, one of them float64."""
+    """SynFlow of single weights: holds the parameters once in float64, and one score and one mask a weight."""
     rounds = config.rounds if config.rounds > 1 else ROUNDS
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameters[name].shape for name in weight_branches(model, task)}
-    sizes = [shape.numel() for shape in shapes.values()]
+    values = weights_of(model, task)
     flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
 
-    def whole(flat: Tensor) -> dict[str, Tensor]:
-        return {name: part.reshape(shapes[name]) for name, part in zip(shapes, flat.split(sizes), strict=True)}
+    def score(_number: int, put: Put) -> None:
+        flow.measure(lambda name, value, slope: put(name, (values[name].abs() if is_bias(name) else value) * slope))
 
-    def score(_number: int) -> Tensor:
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(parameters.values())).device)
-        places = whole(flat)
+    def remove(alive: Mapping[str, Tensor], _number: int) -> None:
+        flow.masks = {name: on.reshape(values[name].shape) for name, on in alive.items()}
 
-        def note(name: str, value: Tensor, slope: Tensor) -> None:
-            weight = parameters[name].detach().abs() if is_bias(name) else value
-            places[name].copy_(weight * slope)
-
-        flow.measure(note)
-        return flat
-
-    def remove(alive: Tensor, _number: int) -> None:
-        flow.masks = whole(alive)
-
-    plan = Rounds(least=[(size, 0) for size in sizes], rounds=rounds, left=WEIGHTS_LEFT)
     with flow.ready():
-        scores, counts = plan.run(score, remove)
-    dtypes = {name: parameters[name].dtype for name in shapes}
-    found = {name: part.to(dtypes[name]) for name, part in whole(scores).items()}
+        flat, counts = weight_rounds(values, rounds).run(score, remove)
+    found = {name: part.reshape(values[name].shape) for name, part in flat.items()}
     return weight_result(model, task, found, flow.log(counts))
 
 

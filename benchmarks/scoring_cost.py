@@ -1,0 +1,219 @@
+"""What scoring costs on street: time against the forward-backward passes it counts, and peak memory in copies.
+
+    python benchmarks/scoring_cost.py [--methods altermoma snip ...] [--batches 4] [--repeats 2]
+
+Time: channel scores of every method, one thread. The reference is a plain forward-backward pass (zero_grad, loss,
+backward) of a second copy of the dense model on the same training batches, run after every pass that the method
+counts, so that both see the same machine load; its time is taken out of the method's. Reported is
+(time of scoring) / (passes counted x mean time of the reference): everything counts, the making of batches, snapshots,
+optimiser steps and aggregation too. SynFlow's pass is a single sample in float64, and so is its reference. Methods
+without passes have their seconds only.
+
+Memory: bytes of live storages that a dispatch mode saw being made during scoring (one batch, two inner steps, two
+rounds for IMP) and that hold a tensor of the shape of some parameter, of a buffer of it, or of all parameters in one
+vector; their peak over the bytes of the parameters. So activations do not count, and what the shapes share by chance
+counts too much rather than too little. The model itself is not counted.
+
+Writes benchmarks/results/scoring_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusepress.pipeline.graph.apply import load_checkpoint
+from fusepress.pipeline.graph.groups import find_groups
+from fusepress.pipeline.graph.plan import GroupGraph
+from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring.criteria import METHODS, score_channels, score_weights
+from fusepress.pipeline.task import Batch, LoadedTask, cut_batch, load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "scoring_cost.json"
+LIMIT_TIME, LIMIT_COPIES = 1.15, 3.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Reference:
+    """A plain forward-backward pass, and the times it took."""
+
+    model: nn.Module
+    task: LoadedTask
+    batches: list[Batch]
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """One pass, on the batches in turn."""
+        batch = self.batches[len(self.seconds) % len(self.batches)]
+        start = time.perf_counter()
+        self.model.zero_grad(set_to_none=True)
+        losses = self.task.losses(self.task.as_dict(self.model(**batch.inputs)), batch)
+        torch.stack(list(losses.values())).sum().backward()
+        self.seconds.append(time.perf_counter() - start)
+
+
+class Stopwatch:
+    """Progress that takes the time of every pass, without the reference passes that it runs in between."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.pieces: list[float] = []
+        self.start = time.perf_counter()
+
+    def __call__(self, _fraction: float, _text: str) -> None:
+        """A pass of the method is over: a reference pass follows, on nobody's account."""
+        self.pieces.append(time.perf_counter() - self.start)
+        self.reference.run()
+        self.start = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds of the method."""
+        self.pieces.append(time.perf_counter() - self.start)
+        return sum(self.pieces)
+
+
+class LiveCopies(TorchDispatchMode):
+    """The peak of the bytes of live tensors that look like parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = [*model.parameters(), *model.buffers()]
+        self.shapes = {tuple(t.shape) for t in tensors if t.numel() > 1}
+        self.total = sum(p.numel() for p in model.parameters())
+        self.own = {_storage(t) for t in tensors}
+        self.live: dict[int, int] = {}
+        self.now: int = 0
+        self.peak: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and (tuple(value.shape) in self.shapes or value.numel() == self.total):
+                self._note(value)
+        return result
+
+    def _note(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        key = _storage(value)
+        if key in self.own or key in self.live:
+            return
+        self.live[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def _storage(value: Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
+
+
+def time_of(
+    method: str, model: nn.Module, task: LoadedTask, graph: GroupGraph, arguments: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    config = ScoreConfig.model_validate(
+        {"method": method, "batches": arguments.batches, "rounds": 4 if method == "imp" else 1}
+    )
+    twin = copy.deepcopy(model)
+    batches = list(itertools.islice(task.train_batches(seed), arguments.batches))
+    if method == "synflow":
+        twin = twin.double()
+        batches = [_double(cut_batch(batches[0], 1))]
+    reference = Reference(model=twin, task=task, batches=batches)
+    reference.run()  # the first pass is slower
+    reference.seconds.clear()
+    watch = Stopwatch(reference)
+    result = score_channels(model, task, graph, config, seed=seed, progress=watch)
+    seconds, passes = watch.stop(), result.log["passes"]
+    row = {"seconds": seconds, "passes": passes, "passes_of_reference": len(reference.seconds)}
+    if passes:
+        row |= {
+            "reference_mean_s": statistics.mean(reference.seconds),
+            "reference_median_s": statistics.median(reference.seconds),
+            "ratio": seconds / (passes * statistics.mean(reference.seconds)),
+        }
+    return row
+
+
+def _double(batch: Batch) -> Batch:
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}
+    return batch.with_inputs(**inputs)
+
+
+def copies_of(method: str, model: nn.Module, task: LoadedTask, graph: GroupGraph) -> dict[str, float]:
+    rounds = {"imp": 2, "synflow": 3}.get(method, 1)
+    config = ScoreConfig.model_validate({"method": method, "batches": 1, "reactivation_batches": 2, "rounds": rounds})
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def peak(score: Callable[[], Any]) -> float:
+        with LiveCopies(model) as seen:
+            score()
+        return float(round(seen.peak / size, 3))
+
+    return {
+        "channels": peak(lambda: score_channels(model, task, graph, config, seed=0)),
+        "weights": peak(lambda: score_weights(model, task, config, seed=0)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    task = load_task("task.py:StreetTask", base=ROOT / "examples/street")
+    model = task.build_model()
+    load_checkpoint(model, ROOT / "examples/street/street.safetensors")
+    inputs = cut_batch(next(task.batches("calib", 0)), 1).inputs
+    graph = find_groups(model, inputs, task.branches, task.keep)
+    rows: dict[str, Any] = {}
+    for method in arguments.methods:
+        runs = [time_of(method, model, task, graph, arguments, seed) for seed in range(arguments.repeats)]
+        ratios = [run["ratio"] for run in runs if "ratio" in run]
+        rows[method] = {
+            "ratio": statistics.median(ratios) if ratios else None,
+            "copies": copies_of(method, model, task, graph),
+            "runs": runs,
+        }
+        print(f"{method:12} {rows[method]['ratio']} {rows[method]['copies']} {runs[0]['passes']} passes", flush=True)
+    ours = rows.get("altermoma")
+    result = {
+        "what": "time of scoring over (passes counted x time of a plain pass), and peak extra copies of the parameters",
+        "command": " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": 1,
+        "batches": arguments.batches,
+        "seeds": list(range(arguments.repeats)),
+        "n": arguments.repeats,
+        "limits": {"ratio": LIMIT_TIME, "copies": LIMIT_COPIES},
+        "methods": rows,
+    }
+    arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+    kept = ours is None or (ours["ratio"] <= LIMIT_TIME and ours["copies"]["channels"] <= LIMIT_COPIES)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
