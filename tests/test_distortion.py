@@ -241,8 +241,9 @@ def test_damage_adds_up_exactly_where_outputs_are_orthogonal() -> None:
 class Awkward(nn.Module):
     """What makes replays hard: writes in place, views, a scatter, norms over channels, attention, shared weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, trainable: bool = False) -> None:
         super().__init__()
+        self.trainable = trainable
         self.stem = nn.Conv2d(2, 8, 3, padding=1)
         self.norm = nn.GroupNorm(2, 8)
         self.inner = nn.Conv2d(8, 12, 3, padding=1)
@@ -254,15 +255,15 @@ class Awkward(nn.Module):
         self.out = nn.Linear(6, 3)
 
     def forward(self, image: Tensor, points: Tensor) -> Tensor:
-        x = torch.relu_(self.norm(self.stem(image)))
+        x = nn.functional.silu(self.norm(self.stem(image)))
         y = self.inner(x)
         y.relu_()
-        shortcut = x
+        shortcut = x.clone() if self.trainable else x
         shortcut += self.back(y)  # writes what the consumer above has read
         canvas = torch.zeros(image.shape[0], 8, 4, 4)
         features = self.layer(torch.relu(self.points(points)))
         canvas[:, :, 1:3, 2] = features.transpose(1, 2)  # a write through a view
-        x = x + canvas
+        x = shortcut + canvas
         x[:, :2].mul_(0.5)
         x = self.up(x).flatten(2).transpose(1, 2)
         x = x + self.attention(x, x, x, need_weights=False)[0]
@@ -297,9 +298,9 @@ AWKWARD = (
 )
 
 
-def awkward() -> tuple[Awkward, LoadedTask]:
+def awkward(*, trainable: bool = False) -> tuple[Awkward, LoadedTask]:
     torch.manual_seed(2)
-    model = Awkward().eval()
+    model = Awkward(trainable=trainable).eval()
     draw = torch.Generator().manual_seed(5)
     data = [
         Batch(
@@ -465,13 +466,13 @@ def test_a_stopped_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypa
     assert len(done) == 1 + 2 + 7  # its head, two dense passes, seven groups
     file.write_text(file.read_text() + '{"batch": 1, "group": "torn')
     measured: list[str] = []
-    squares = distortion.Bench._squares
+    squares = distortion.Bench._line
 
     def watched(self: distortion.Bench, tape: Any, one: distortion.Options, *rest: Any) -> Any:
         measured.append(one.group.id)
         return squares(self, tape, one, *rest)
 
-    monkeypatch.setattr(distortion.Bench, "_squares", watched)
+    monkeypatch.setattr(distortion.Bench, "_line", watched)
     resumed = distortion_table(toy.model, toy.task, graph, scores, ladders, RD, seed=0, out=tmp_path)
     batches = 3  # of 3, 2 and 4 samples, the last one cut to 2
     assert len(measured) == batches * len(graph.groups) - 7

@@ -35,6 +35,7 @@ from fusepress.pipeline.errors import StageError, TaskError
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.pruning.allocate import _kept, _order
 from fusepress.pipeline.pruning.curves import Curve, DistortionTable, Floats, resolve_eta
+from fusepress.pipeline.pruning.fisher import Fisher
 from fusepress.pipeline.pruning.gating import Gate, gate_of, gated, gated_values, sources, swapped_norms
 from fusepress.pipeline.pruning.replay import (
     Diverged,
@@ -165,10 +166,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @dataclass(slots=True, kw_only=True)
 class Route:
-    """How a group's options are run: a replay, or full passes and why."""
+    """How the options of a group are run: by replay (for the Fisher term also from the branches on), or in full."""
 
     values: tuple[Value, ...] = ()
     plan: Schedule | None = None
+    tail: Schedule | None = None
     why_plain: str | None = None
 
 
@@ -198,8 +200,9 @@ class Bench:
         self.keep: set[Value] = set()
         self.signature: list[Any] = []
         self.macs: dict[str, int] = {}
-        self.full_macs = 0
-        self.seconds = {"dense": 0.0, "options": 0.0, "trial": 0.0}
+        self.fisher: Fisher | None = None
+        self.dense_tail: Schedule | None = None
+        self.seconds = {"dense": 0.0, "options": 0.0, "trial": 0.0, "fisher": 0.0}
 
     # ------------------------------------------------------------------ data
 
@@ -269,9 +272,14 @@ class Bench:
             self._all_plain(str(error))
             return
         self.signature = tape.signature()
-        self.full_macs = sum(op.macs for op in tape.ops) // small.size
-        targets = self._targets(tape)
-        self.keep = {value for _, value in tape.outputs.values()}
+        outputs = tuple(dict.fromkeys(value for _, value in tape.outputs.values()))
+        targets = outputs
+        if self.config.eta != 0:
+            self.fisher = Fisher(tape, small.size, self.task, draws=self.config.draws, seed=self.seed)
+            self.dense_tail = self.fisher.tail(tape, (), outputs)
+            targets = tuple(dict.fromkeys((*outputs, *self.fisher.points)))
+            self.keep |= self.dense_tail.needs
+        self.keep |= set(targets)
         for one in self.options:
             values = sources(tape, self.model, one.group)
             plan = schedule(tape, values, targets)
@@ -282,15 +290,15 @@ class Bench:
                 self.notes.append(f"{one.group.id}: measured by full passes, for {route.why_plain}")
             else:
                 self.keep |= plan.needs
+            if self.fisher is not None:
+                route.tail = self.fisher.tail(tape, values, outputs)
+                self.keep |= route.tail.needs
             self.routes[one.group.id] = route
         self.seconds["trial"] += time.perf_counter() - started
 
     def _all_plain(self, why: str) -> None:
         self.notes.append(f"all groups are measured by full passes, for {why}")
         self.routes = {one.group.id: Route(why_plain=why) for one in self.options}
-
-    def _targets(self, tape: Tape) -> tuple[Value, ...]:
-        return tuple(dict.fromkeys(value for _, value in tape.outputs.values()))
 
     def _trial(self, tape: Tape, one: Options, route: Route, batch: Batch) -> str | None:
         gate = gate_of(self.model, one.group, one.removed[-1])
@@ -308,31 +316,62 @@ class Bench:
     # --------------------------------------------------------------- options
 
     def _replayed(self, tape: Tape, route: Route, gate: Gate) -> dict[str, Tensor]:
+        contents = self._contents(tape, route, gate, gated_values(tape, gate, route.values))
+        return _named_outputs(tape, contents)
+
+    def _contents(self, tape: Tape, route: Route, gate: Gate, given: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         assert route.plan is not None
-        given = gated_values(tape, gate, route.values)
         with torch.no_grad():
-            contents = replay(tape, route.plan, given, swapped_norms(tape, self.model, gate))
-        return {
-            name: contents[value].as_strided(ref.size, ref.stride, ref.offset)
-            for name, (ref, value) in tape.outputs.items()
-        }
+            return replay(tape, route.plan, given, swapped_norms(tape, self.model, gate))
 
     def _plain(self, batch: Batch, gate: Gate) -> dict[str, Tensor]:
         with gated(self.model, gate), torch.no_grad():
             return self.forward(self._inputs(batch), batch.size)
 
-    def _run(self, tape: Tape | None, one: Options, gate: Gate, batch: Batch) -> dict[str, Tensor]:
+    def _run(
+        self, tape: Tape | None, one: Options, gate: Gate, batch: Batch, before: int
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """Outputs of one option, and each modality's information summed over the batch (none without the term)."""
         route = self.routes[one.group.id]
         if tape is not None and route.why_plain is None:
             try:
-                return self._replayed(tape, route, gate)
+                given = gated_values(tape, gate, route.values)
+                contents = self._contents(tape, route, gate, given)
+                outputs = _named_outputs(tape, contents)
+                return outputs, self._information(tape, route.tail, contents, outputs, given, gate, before)
             except Diverged:
+                if self.fisher is not None:
+                    raise self._no_information(one.group.id) from None
                 note = (
                     f"{one.group.id}: some widths were measured by full passes, for the code's path depends on values"
                 )
                 if note not in self.notes:
                     self.notes.append(note)
-        return self._plain(batch, gate)
+        return self._plain(batch, gate), []
+
+    def _information(
+        self,
+        tape: Tape,
+        tail: Schedule | None,
+        contents: Mapping[Value, Tensor],
+        outputs: Mapping[str, Tensor],
+        given: Mapping[Value, Tensor],
+        gate: Gate | None,
+        before: int,
+    ) -> list[float]:
+        if self.fisher is None or tail is None:
+            return []
+        started = time.perf_counter()
+        swaps = swapped_norms(tape, self.model, gate) if gate is not None else {}
+        found = self.fisher.estimate(tape, tail, contents, outputs, given, swaps, before=before)
+        self.seconds["fisher"] += time.perf_counter() - started
+        return [float(value) for value in found]
+
+    def _no_information(self, where: str) -> StageError:
+        return StageError(
+            "expected a network whose forward pass is made of torch operations alone, to perturb its branches; got "
+            f"one that looks at values at {where}; set prune.distortion.eta: 0, or mend its forward pass"
+        )
 
     def measure(self, store: Store) -> None:
         """Measure what the store lacks."""
@@ -341,18 +380,47 @@ class Bench:
         self._learn()
         work = sum((len(one.widths) - 1) * max(1, self.macs.get(one.group.id, 1)) for one in self.options)
         wanted = self.config.samples
+        self._statistics(store)
         for number, before, batch in self.batches():
             missing = [one for one in self.options if not store.has(number, one.group.id)]
             if not missing and store.has(number, ""):
                 continue
             tape, dense = self._dense(batch)
             if not store.has(number, ""):
-                store.add({"batch": number, "group": "", "size": batch.size, "moments": _moments(dense)})
+                line = {"batch": number, "group": "", "size": batch.size, "moments": _moments(dense)}
+                store.add(line | {"fisher": self._dense_information(tape, dense, before)})
             done = 0
             for one in missing:
-                store.add({"batch": number, "group": one.group.id, "squares": self._squares(tape, one, dense, batch)})
+                store.add({"batch": number, "group": one.group.id} | self._line(tape, one, dense, batch, before))
                 done += (len(one.widths) - 1) * max(1, self.macs.get(one.group.id, 1))
                 self.progress(min(1.0, (before + batch.size * done / work) / wanted), f"distortion of {one.group.id}")
+
+    def _statistics(self, store: Store) -> None:
+        """What the noise is scaled by: one dense pass over all samples before the measurement."""
+        if self.fisher is None:
+            if self.config.eta != 0:
+                raise self._no_information("all groups")
+            return
+        plain = [name for name, route in self.routes.items() if route.why_plain is not None]
+        if plain:
+            raise self._no_information(plain[0])
+        batches = list(self.batches())
+        if all(store.has(n, g) for n, _, _ in batches for g in ("", *self.routes)):
+            return
+        moments = []
+        for _, _, batch in batches:
+            tape, dense = self._dense(batch)
+            if tape is None:
+                raise self._no_information("a batch of other structure")
+            self.fisher.learn(tape, batch.size)
+            moments.append(_moments(dense))
+        self.fisher.ready(_variances(moments))
+
+    def _dense_information(self, tape: Tape | None, dense: Mapping[str, Tensor], before: int) -> list[float]:
+        if tape is None or self.fisher is None:
+            return []
+        features = {value: tape.held[value] for value in self.fisher.points}
+        return self._information(tape, self.dense_tail, features, dense, {}, None, before)
 
     def _dense(self, batch: Batch) -> tuple[Tape | None, dict[str, Tensor]]:
         started = time.perf_counter()
@@ -370,19 +438,21 @@ class Bench:
         self.seconds["dense"] += time.perf_counter() - started
         return tape, dense
 
-    def _squares(
-        self, tape: Tape | None, one: Options, dense: Mapping[str, Tensor], batch: Batch
-    ) -> dict[str, list[list[float]]]:
-        """Mean squared differences by head: one list of samples for every width but the dense one."""
-        started = time.perf_counter()
+    def _line(
+        self, tape: Tape | None, one: Options, dense: Mapping[str, Tensor], batch: Batch, before: int
+    ) -> dict[str, Any]:
+        """For every width but the dense one: mean squared differences by head and sample, information by modality."""
+        started, fisher_before = time.perf_counter(), self.seconds["fisher"]
         squares: dict[str, list[list[float]]] = {name: [] for name in dense}
+        fisher = []
         for removed in one.removed[1:]:
-            outputs = self._run(tape, one, gate_of(self.model, one.group, removed), batch)
+            outputs, information = self._run(tape, one, gate_of(self.model, one.group, removed), batch, before)
+            fisher.append(information)
             for name, value in dense.items():
                 gap = (outputs[name] - value).double().square().flatten(1).mean(dim=1)
                 squares[name].append(gap.tolist())
-        self.seconds["options"] += time.perf_counter() - started
-        return squares
+        self.seconds["options"] += time.perf_counter() - started - (self.seconds["fisher"] - fisher_before)
+        return {"squares": squares, "fisher": fisher}
 
     # ----------------------------------------------------------------- table
 
@@ -407,19 +477,31 @@ class Bench:
                     f"expected finite damage; got NaN or infinity at {one.group.id}; check the model's outputs on "
                     "the calibration samples"
                 )
-            curves[one.group.id] = Curve(widths=one.widths, distortion=distortion, fisher=np.zeros((count, 0)))
+            fisher: Floats = np.zeros((count, 0))
+            if self.config.eta != 0 and count > 1:
+                dense = np.sum([line["fisher"] for line in heads], axis=0)
+                less = np.sum([line["fisher"] for line in store.lines(one.group.id)], axis=0)
+                fisher = np.concatenate([dense[None], less]) / samples
+            curves[one.group.id] = Curve(widths=one.widths, distortion=distortion, fisher=fisher)
         if samples < self.config.samples and self.options:
             self.notes.append(f"the calibration split has {samples} samples, not {self.config.samples}")
         return DistortionTable(
             curves=curves,
             eta=resolve_eta(curves, self.config),
             reading=self.config.reading,
-            modalities=(),
+            modalities=self.fisher.modalities if self.fisher is not None else (),
             samples=samples,
             macs=dict(self.macs),
             notes=tuple(self.notes),
             facts={"seconds": seconds, **{f"seconds_{name}": value for name, value in self.seconds.items()}},
         )
+
+
+def _named_outputs(tape: Tape, contents: Mapping[Value, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: contents[value].as_strided(ref.size, ref.stride, ref.offset)
+        for name, (ref, value) in tape.outputs.items()
+    }
 
 
 def _moments(outputs: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -276,10 +276,11 @@ class Schedule:
     macs: int
 
 
-def schedule(tape: Tape, given: Collection[Value], targets: Sequence[Value]) -> Schedule:
+def schedule(tape: Tape, given: Collection[Value], targets: Sequence[Value], *, numbers: bool = True) -> Schedule:
     """What must run anew when the values `given` are others, to know the values `targets`.
 
-    Operations that make a given value are not run: it is given.
+    Operations that make a given value are not run: it is given. With `numbers`, those that hand a changed number to
+    Python are run too, so that a replay can tell whether it is another one.
     """
     changed = set(given)
     dirty = []
@@ -292,7 +293,7 @@ def schedule(tape: Tape, given: Collection[Value], targets: Sequence[Value]) -> 
     steps = []
     for position in reversed(dirty):
         op = tape.ops[position]
-        if wanted.isdisjoint(op.made) and not _gives_number(op):
+        if wanted.isdisjoint(op.made) and not (numbers and _gives_number(op)):
             continue
         steps.append(position)
         for value in op.reads:
@@ -338,13 +339,15 @@ def replay(
     """
     env: dict[int, Tensor] = {memory: content for (memory, _), content in given.items()}
     shared = {memory for memory, _ in given}  # not ours to write
+    saved: dict[Value, Tensor] = {}
     for position, finished in zip(plan.steps, plan.last, strict=True):
         op = tape.ops[position]
         at = dict(op.reads)
         for memory in op.written:
             if (memory, at[memory]) not in plan.changed:
                 env[memory] = tape.held[memory, at[memory]].clone()
-            elif memory in shared:
+            elif memory in shared or (memory, at[memory]) in plan.targets:
+                saved[memory, at[memory]] = env[memory]
                 env[memory] = env[memory].clone()
                 shared.discard(memory)
 
@@ -359,7 +362,7 @@ def replay(
         _take(op, outputs, env)
         for memory in finished:
             env.pop(memory, None)
-    return {v: env[v[0]] if v in plan.changed else tape.held[v] for v in plan.targets}
+    return {v: saved.get(v, env[v[0]]) if v in plan.changed else tape.held[v] for v in plan.targets}
 
 
 def _take(op: Op, outputs: Any, env: dict[int, Tensor]) -> None:
