@@ -266,16 +266,21 @@ def two_sensors(overlap: float) -> tuple[LinearFusion, LoadedTask]:
 
 def test_what_the_other_sensor_knows_too_is_won_back_and_nothing_else() -> None:
     config = ScoreConfig(batches=4)
-    found = {}
+    found, covered = {}, {}
     for overlap in (0.0, 0.7, 1.0):
         model, task = two_sensors(overlap)
         before = state_bytes(model)
         log = measure_redundancy(model, task, config, seed=0, steps=30, lr=0.05)
         assert state_bytes(model) == before
         found[overlap] = log["modalities"]["lidar"]["won_back"]
+        covered[overlap] = log["modalities"]["lidar"]["covered"]
+        assert log["loss_blind"] == pytest.approx(1.0, abs=0.15)  # half the variance of z + u
+        assert log["loss_dense"] == pytest.approx(0.0, abs=1e-9)
     assert found[0.0] == pytest.approx(0.0, abs=0.05)
     assert found[0.7] == pytest.approx(0.49, abs=0.1)  # the variance of z that the camera explains
     assert found[1.0] > 0.95
+    # the LiDAR's part is half of what both tell; the camera covers the other half and what it shares
+    assert [covered[overlap] for overlap in (0.0, 0.7, 1.0)] == pytest.approx([0.5, 0.745, 1.0], abs=0.08)
 
 
 def test_redundancy_is_measured_on_data_that_the_training_does_not_see() -> None:
@@ -294,7 +299,7 @@ def test_redundancy_is_measured_on_data_that_the_training_does_not_see() -> None
     log = measure_redundancy(toy.model, toy.task, ScoreConfig(batches=2), seed=0, steps=3)
     held = [("0-0", False), ("1-0", False)]
     stage = [*held, ("2-0", False), ("3-0", True), ("4-0", True), ("0-0", True), ("1-0", True)]
-    assert watching.ids == [*held, *stage, *stage]
+    assert watching.ids == [*held, *held, *stage, *stage]  # dense, blind, and each modality
     assert state_bytes(toy.model) == before
     assert log["passes"] == 6
     assert set(log["modalities"]) == {"camera", "lidar"}
@@ -311,9 +316,6 @@ def test_beta_follows_the_rule_between_its_points(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(redundancy, "BETA_RULE", ((0.2, 0.0), (0.6, 1.0)))
     assert [beta_of(x)[0] for x in (0.0, 0.2, 0.3, 0.6, 1.0)] == pytest.approx([0.0, 0.0, 0.25, 1.0, 1.0])
     assert "gives beta 0.25" in beta_of(0.3)[1]
-    monkeypatch.setattr(redundancy, "BETA_RULE", ((0.0, 0.0),))
-    assert beta_of(0.9)[0] == 0.0
-    assert "no redundancy made the second term pay" in beta_of(0.9)[1]
 
 
 def test_beta_auto_is_the_rule_at_the_measured_redundancy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +330,16 @@ def test_beta_auto_is_the_rule_at_the_measured_redundancy(monkeypatch: pytest.Mo
     assert automatic.log["auto_beta"] == log
     assert automatic.log["beta"] == beta
     assert weight_scores(toy.model, toy.task, config, seed=0)[1]["beta"] == beta
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_rule_that_does_not_ask_for_redundancy_measures_none(monkeypatch: pytest.MonkeyPatch, beta: float) -> None:
+    monkeypatch.setattr(redundancy, "BETA_RULE", ((0.0, beta), (1.0, beta)))
+    toy = ConvToy()
+    found, log = resolve_beta(toy.model, toy.task, FAST, seed=0)
+    assert found == beta
+    assert "the same beta at every redundancy" in log["why"]
+    assert "measured" not in log
 
 
 def test_beta_auto_of_a_single_modality_is_zero_without_measuring() -> None:

@@ -59,6 +59,27 @@ def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> 
         TrainingError: the loss is NaN or infinite.
         TaskError: the loss does not depend on the parameters.
     """
+    total = _total_loss(model, task, batch, where)
+    if not total.requires_grad:
+        raise TaskError(
+            f"expected losses() to depend on the model's parameters; got a constant {float(total)} at {where}; "
+            "remove detach() or no_grad() from the model or the losses"
+        )
+    return total
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, task: LoadedTask, batches: Sequence[Batch], where: str) -> float:
+    """The mean loss over all samples of the batches, without gradients.
+
+    Raises:
+        TrainingError: a loss is NaN or infinite.
+    """
+    samples = sum(batch.size for batch in batches)
+    return math.fsum(float(_total_loss(model, task, batch, where)) * batch.size / samples for batch in batches)
+
+
+def _total_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> Tensor:
     moved = _on_device(batch, next((p.device for p in model.parameters()), torch.device("cpu")))
     losses = task.losses(task.as_dict(model(**moved.inputs)), moved)
     total: Tensor = reduce(add, losses.values()).sum()
@@ -67,11 +88,6 @@ def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> 
         raise TrainingError(
             f"expected a finite loss; got {values} at {where}; check the labels and the checkpoint, lower "
             "score.reactivation_lr if it was finite before the reactivation, or use score.method: magnitude"
-        )
-    if not total.requires_grad:
-        raise TaskError(
-            f"expected losses() to depend on the model's parameters; got a constant {float(total)} at {where}; "
-            "remove detach() or no_grad() from the model or the losses"
         )
     return total
 

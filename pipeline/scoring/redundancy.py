@@ -1,12 +1,15 @@
 """How redundant the modalities of a trained model are, and the beta that follows from it.
 
-Redundancy of a modality: the part of the loss that masking it costs which the rest of the model wins back when it is
-trained without it,
+Two measures of a modality's redundancy, from four losses on the same batches, which no training step here sees: dense,
+masked (the modality's features are zero), reactivated (masked, and the rest of the model trained without it), blind
+(all modalities masked).
 
-    won back = (loss masked - loss reactivated) / (loss masked - loss dense),
+    won back = (masked - reactivated) / (masked - dense)       of what masking costs, the part that training brings back
+    covered  = 1 - (reactivated - dense) / (blind - dense)     of what the sensors tell together, the part that is left
 
-all three on the same batches, which the reactivation does not train on. 1: the others know all that it knows. 0: what
-it knows is lost with it. Below 0 the training harmed; above 1 the dense model was not trained to its end. Unlike the
+Won back tells how much knowledge lay asleep and can be woken; covered tells how little depends on the modality, whether
+the rest had to wake up or was awake already. 0 and 1 are the ends; below 0 the training harmed, above 1 the dense
+model was not trained to its end. Unlike the
 reactivation inside the score, whose small SGD steps are there for the derivation's sake, this one uses Adam, because
 steps that hardly move the loss measure the steps and not the modalities.
 """
@@ -15,18 +18,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from fusepress.pipeline.recipe import ScoreConfig
-from fusepress.pipeline.scoring.gradients import Passes, Progress, batch_loss, reactivate, scoring_batches, silent
+from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_loss, reactivate, scoring_batches, silent
 from fusepress.pipeline.scoring.masking import Snapshot, branch_of_parameters, check_branches, masked, untouched
 from fusepress.pipeline.task import Batch, LoadedTask
 
-PROBE_STEPS = 32
-PROBE_LR = 1e-3
+PROBE_STEPS = 64
+PROBE_LR = 3e-4
 UNNEEDED = 0.01  # relative rise of the loss below which masking a modality costs nothing that could be won back
 
 # beta at measured redundancies, linear in between, constant outside; how it was fitted: docs/altermoma.md
@@ -58,9 +63,9 @@ def measure_redundancy(
         lr: Adam's.
 
     Returns:
-        `redundancy` (mean over the modalities, each cut to 0..1; None below two modalities), `loss_dense`, and by
-        modality `loss_masked`, `loss_reactivated`, `won_back` (not cut; 1 where masking costs nothing), and how it
-        was measured.
+        `redundancy` (mean of `won_back` over the modalities, each cut to 0..1; None below two modalities), `covered`
+        (likewise), `loss_dense`, `loss_blind`, and by modality `loss_masked`, `loss_reactivated`, `won_back` (not cut;
+        1 where masking costs nothing) and `covered` (not cut), and how it was measured.
 
     Raises:
         TrainingError: a loss is NaN or infinite.
@@ -72,19 +77,23 @@ def measure_redundancy(
     log: dict[str, Any] = {"optimizer": "adam", "steps": steps, "lr": lr, "seed": seed, "modalities": {}}
     with untouched(model, seed=seed) as snapshot:
         data = scoring_batches(task, seed, config.batches)
-        dense = _mean_loss(model, task, data, "dense")
+        dense = mean_loss(model, task, data, "dense")
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(masked(model, task.branches[name], name))
+            blind = mean_loss(model, task, data, "all modalities masked")
         for name in names:
-            log["modalities"][name] = _without(model, task, name, snapshot, data, dense, passes, seed, steps, lr)
-    cut = [min(1.0, max(0.0, found["won_back"])) for found in log["modalities"].values()]
-    mean = math.fsum(cut) / len(cut) if cut else None
+            found = _without(model, task, name, snapshot, data, dense, passes, seed, steps, lr)
+            left = (found["loss_reactivated"] - dense) / max(blind - dense, 1e-30)
+            log["modalities"][name] = found | {"covered": 1.0 - left}
     samples = sum(batch.size for batch in data)
-    return log | {"redundancy": mean, "loss_dense": dense, "samples": samples, "passes": passes.done}
+    log |= {"loss_dense": dense, "loss_blind": blind, "samples": samples, "passes": passes.done}
+    return log | {"redundancy": _mean_of(log, "won_back"), "covered": _mean_of(log, "covered")}
 
 
-def _mean_loss(model: nn.Module, task: LoadedTask, data: list[Batch], where: str) -> float:
-    """The mean loss over all samples."""
-    samples = sum(batch.size for batch in data)
-    return math.fsum(float(batch_loss(model, task, b, where).detach()) * b.size / samples for b in data)
+def _mean_of(log: Mapping[str, Any], name: str) -> float | None:
+    cut = [min(1.0, max(0.0, found[name])) for found in log["modalities"].values()]
+    return math.fsum(cut) / len(cut) if cut else None
 
 
 def _without(
@@ -108,11 +117,11 @@ def _without(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and branch_of[name] != modality)
         with masked(model, task.branches[modality], modality):
-            before = _mean_loss(model, task, data, where)
+            before = mean_loss(model, task, data, where)
             stream = itertools.islice(task.train_batches(seed, start=len(data)), steps)
             if others:
                 reactivate(model, task, others, stream, passes, optimizer="adam", lr=lr, where=where)
-            after = _mean_loss(model, task, data, where)
+            after = mean_loss(model, task, data, where)
     finally:
         snapshot.restore_values()
         for parameter in snapshot.initial:
@@ -144,6 +153,9 @@ def resolve_beta(
     """
     if len(task.branches) < 2:
         return 0.0, {"beta": 0.0, "why": "one modality: nothing can be redundant beside another"}
+    if len({beta for _, beta in BETA_RULE}) == 1:
+        beta, why = BETA_RULE[0][1], "the rule fitted in docs/altermoma.md gives the same beta at every redundancy"
+        return beta, {"beta": beta, "why": why}
     found = measure_redundancy(model, task, config, seed=seed, progress=progress)
     beta, why = beta_of(found["redundancy"])
     return beta, {"beta": beta, "why": why, "measured": found}
@@ -161,6 +173,4 @@ def beta_of(redundancy: float) -> tuple[float, str]:
     at, values = zip(*BETA_RULE, strict=True)
     beta = float(np.interp(redundancy, at, values))
     measured = f"{redundancy:.2f} of the loss that masking a modality costs was won back"
-    if not any(values):
-        return beta, f"{measured}; in the study no redundancy made the second term pay (docs/altermoma.md)"
     return beta, f"{measured}; the rule fitted in docs/altermoma.md gives beta {beta:.2g} there"
