@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +23,11 @@ from fusepress.pipeline.errors import StageError
 from fusepress.pipeline.graph.cost import CostTable
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.pruning.budget import Outcome, Problem, minimise, spend_all
+from fusepress.pipeline.pruning.curves import Curve, resolve_eta
 from fusepress.pipeline.pruning.ladders import ladder_widths
 from fusepress.pipeline.pruning.ranking import Ladder, Ranking
 from fusepress.pipeline.pruning.spend import LatencyLike, Limit, Spend, require, spend_and_limits
 from fusepress.pipeline.recipe import PruneConfig
-
-
-class CurveLike(Protocol):
-    """What a group's widths do to the outputs when it alone is narrowed."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The widths of the group's ladder, dense first."""
-
-    def total(self, eta: float, reading: Any) -> npt.NDArray[Any]:
-        """Distortion and `eta` times the loss of information at each width, (K,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +68,7 @@ def allocate(
     config: PruneConfig,
     *,
     align: int,
-    distortion: Mapping[str, CurveLike] | None = None,
+    distortion: Mapping[str, Curve] | None = None,
     latency: LatencyLike | None = None,
     removable: Collection[str] = (),
 ) -> Allocation:
@@ -113,6 +103,7 @@ def allocate(
     spend, limits = spend_and_limits(cost, config, latency)
     solved = _solve(ladders, spend, limits, config, _losses(graph, ladders, config, distortion))
     widths = {g.id: ladder.widths[k] for g, ladder, k in zip(graph.groups, ladders, solved.level, strict=True)}
+    assert not any(limit.exceeded(spend.total(cost.vector(widths), limit.branch)) for limit in limits)
     whole = limits[0]
     achieved = float(spend.total(cost.vector(widths))) / max(1, whole.dense)
     return Allocation(
@@ -136,27 +127,27 @@ def _solve(
     config: PruneConfig,
     losses: tuple[npt.NDArray[np.float64], ...],
 ) -> Outcome:
-    meters = [spend.meter([ladder.widths for ladder in ladders], limit.branch) for limit in limits]
+    widths = [ladder.widths for ladder in ladders]
+    require(limits, spend, widths)
+    if config.allocation == "global":
+        ranking = Ranking(ladders=ladders, spend=spend, per_cost=config.rank == "score_per_cost")
+        for limit in reversed(limits):  # branches first: what they need counts for the whole
+            ranking.cut(limit)
+        ranking.give_back(limits)
+        lost = sum(float(loss[k]) for loss, k in zip(losses, ranking.level, strict=True))
+        return Outcome(level=tuple(ranking.level), value=lost, iterations=0)
+    meters = [spend.meter(widths, limit.branch) for limit in limits]
     problem = Problem(losses, meters, [math.floor(limit.bound) for limit in limits])
-    require(limits, problem)
-    if config.allocation == "importance":
-        return spend_all(problem)
-    if config.allocation == "distortion":
-        return minimise(problem)
-    ranking = Ranking(ladders=ladders, spend=spend, per_cost=config.rank == "score_per_cost")
-    for limit in reversed(limits):  # branches first: what they need counts for the whole
-        ranking.cut(limit)
-    ranking.give_back(limits)
-    value = problem.value(np.array(ranking.level, dtype=np.int64))
-    return Outcome(level=tuple(ranking.level), value=value, iterations=0)
+    return spend_all(problem) if config.allocation == "importance" else minimise(problem)
 
 
 def _losses(
-    graph: GroupGraph, ladders: Sequence[Ladder], config: PruneConfig, distortion: Mapping[str, CurveLike] | None
+    graph: GroupGraph, ladders: Sequence[Ladder], config: PruneConfig, distortion: Mapping[str, Curve] | None
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """What each width of each group loses, G vectors (K_g,)."""
     if config.allocation != "distortion":
         return tuple(ladder.worth[0] - np.array(ladder.worth) for ladder in ladders)
+    eta = resolve_eta(distortion or {}, config.distortion)
     losses = []
     for group, ladder in zip(graph.groups, ladders, strict=True):
         curve = (distortion or {}).get(group.id)
@@ -166,7 +157,7 @@ def _losses(
                 f"expected a distortion curve over the widths {ladder.widths}; got {got} at {group.id}; "
                 "measure the distortion table with these ladders"
             )
-        loss = np.asarray(curve.total(_eta(config), config.distortion.reading), dtype=np.float64)
+        loss = np.asarray(curve.total(eta, config.distortion.reading), dtype=np.float64)
         if loss.shape != (len(ladder.widths),) or not np.isfinite(loss).all():
             raise StageError(
                 f"expected {len(ladder.widths)} finite distortions; got shape {loss.shape}, "
@@ -174,15 +165,6 @@ def _losses(
             )
         losses.append(loss)
     return tuple(losses)
-
-
-def _eta(config: PruneConfig) -> float:
-    eta = config.distortion.eta
-    if isinstance(eta, str):
-        raise StageError(
-            f"expected a number for prune.distortion.eta here; got {eta!r}; resolve it from the distortion table first"
-        )
-    return eta
 
 
 def _order(group: Group, scores: Mapping[str, npt.NDArray[Any]]) -> list[list[int]]:
@@ -207,4 +189,4 @@ def _ladder(group: Group, order: Sequence[Sequence[int]], scores: npt.NDArray[An
     return Ladder(widths=widths, worth=tuple(worth))
 
 
-__all__ = ["Allocation", "CurveLike", "allocate"]
+__all__ = ["Allocation", "allocate"]

@@ -26,6 +26,8 @@ Bools = npt.NDArray[np.bool_]
 UNITS = 4000  # of the knapsack inside the iteration; what rounding up to units leaves is spent by the local search
 RADII = (64, 64, 64, 8, 4, 2, 1)  # levels that a group may move in one iteration: narrower, so that it settles
 WINDOW = 600  # options whose pairs the local search looks at together; wider problems look at nearer options
+SAMPLED = 64  # random widths at which the pairs must tell the table's cost, twice
+DENSE = 2000  # options up to which their pairwise costs are kept as one full matrix (32 MB)
 KICKS = 24  # random restarts of the local search from the best point
 KICKED = 4  # groups that a restart moves at most
 VERIFIED = 32  # exchanges whose cost is only estimated are checked in batches of so many
@@ -36,7 +38,12 @@ class Meter(Protocol):
     """The cost of the model as a function of every group's option ("level"), in whole units.
 
     The options of all groups one after the other are numbered 0 to S - 1; S = sum(K_g).
+
+    Attributes:
+        exact: whether `changes` and `cross` together tell the cost of an exchange of two groups exactly.
     """
+
+    exact: bool
 
     def total(self, levels: Ints) -> Ints:
         """Cost of each row of levels: (B, G) -> (B,)."""
@@ -56,6 +63,8 @@ class Pairwise:
         own: cost of each option of a group by itself, G vectors (K_g,).
         joint: cost of the options of two groups together, (a, b) with a < b -> (K_a, K_b).
     """
+
+    exact = True
 
     def __init__(self, *, constant: int, own: Sequence[Ints], joint: Mapping[tuple[int, int], Ints]) -> None:
         from scipy.sparse import coo_array
@@ -78,7 +87,8 @@ class Pairwise:
         empty = np.zeros(0, dtype=np.int64)
         entries = (self._joint_T, (np.concatenate([empty, *row]), np.concatenate([empty, *column])))
         upper = coo_array(entries, shape=(self._own_S.size,) * 2, dtype=np.int64)
-        self._both_SS = (upper + upper.T).tocsr()
+        both = (upper + upper.T).tocsr()
+        self._both_SS = both.toarray() if self._own_S.size <= DENSE else both  # slicing sparse arrays is slow
 
     def total(self, levels: Ints) -> Ints:
         """Cost of each row of levels: (B, G) -> (B,)."""
@@ -100,12 +110,17 @@ class Pairwise:
         """What two such moves of different groups cost beyond their sum, (R, C)."""
         here = self._layout.first + level
         group_R, group_C = self._layout.group[rows_R], self._layout.group[columns_C]
-        near = self._both_SS[rows_R]
-        cross: Ints = near[:, columns_C].toarray()
-        cross -= near[:, here].toarray()[:, group_C]
-        cross -= self._both_SS[here][:, columns_C].toarray()[group_R]
-        cross += self._both_SS[here][:, here].toarray()[np.ix_(group_R, group_C)]
+        cross = self._cut(rows_R, columns_C)
+        cross -= self._cut(rows_R, here)[:, group_C]
+        cross -= self._cut(here, columns_C)[group_R]
+        cross += self._cut(here, here)[np.ix_(group_R, group_C)]
         return cross
+
+    def _cut(self, rows: Ints, columns: Ints) -> Ints:
+        if isinstance(self._both_SS, np.ndarray):
+            return self._both_SS[np.ix_(rows, columns)]
+        cut: Ints = self._both_SS[rows][:, columns].toarray()
+        return cut
 
 
 class Layout:
@@ -125,13 +140,21 @@ class Opaque:
         count: cost of each row of levels, (B, G) -> (B,).
         alone: cost of the model when each group alone takes each of its options, (G,) -> (S,); by default every row
             is asked for.
+        guide: what is known of pairs, to choose exchanges by; their cost is asked for before they are made.
     """
 
+    exact = False
+
     def __init__(
-        self, count: Callable[[Ints], Ints], sizes: Sequence[int], alone: Callable[[Ints], Ints] | None = None
+        self,
+        count: Callable[[Ints], Ints],
+        sizes: Sequence[int],
+        alone: Callable[[Ints], Ints] | None = None,
+        guide: Pairwise | None = None,
     ) -> None:
         self.count = count
         self.alone = alone or self._alone
+        self.guide = guide
         self._layout = Layout(sizes)
 
     def total(self, levels: Ints) -> Ints:
@@ -144,8 +167,8 @@ class Opaque:
         return changes
 
     def cross(self, level: Ints, rows_R: Ints, columns_C: Ints) -> Ints | None:
-        """Not known."""
-        return None
+        """What two such moves of different groups cost beyond their sum by the guide, (R, C); None without one."""
+        return None if self.guide is None else self.guide.cross(level, rows_R, columns_C)
 
     def _alone(self, level: Ints) -> Ints:
         rows = np.repeat(level[None], self._layout.group.size, axis=0)
@@ -158,33 +181,64 @@ def table_meter(table: CostTable, unit: Unit, ladders: Sequence[Sequence[int]], 
 
     Where every tensor has at most two dimensions that groups run through, its size is a sum of products of two widths
     (a concatenated input is a sum, so each producer and the output are a pair of their own), and the cost is exactly
-    `Pairwise`. The terms are read off the table itself: each group alone, and each pair that meets in a tensor, with
-    all others at zero. Tensors on three pruned dimensions make the cost `Opaque`.
+    `Pairwise`. The terms are read off the table itself: each group moved alone from the dense model, and each pair
+    that meets in a tensor. Pruning three dimensions of a tensor, or removing one of the several groups inside a
+    block, ties more than two groups: then the table itself is asked (`Opaque`), and the pairs only guide.
     """
-    count = len(ladders)
-    sizes = tuple(len(ladder) for ladder in ladders)
-    nothing = int(table.total(unit, np.zeros(count, dtype=np.int64), branch))
-    rows = np.zeros((sum(sizes), count), dtype=np.int64)
-    rows[np.arange(rows.shape[0]), np.repeat(np.arange(count), sizes)] = np.concatenate([*map(np.asarray, ladders)])
-    own = np.split(table.total(unit, rows, branch) - nothing, np.cumsum(sizes)[:-1])
-    ones = np.eye(count, dtype=np.int64)
-    alone = table.total(unit, ones, branch) - nothing
-    meets = np.abs(table.coef).sum(axis=1)
-    joint: dict[tuple[int, int], Ints] = {}
-    for a in range(count):
-        after = np.flatnonzero((meets[:, [a]] * meets).any(axis=0)[a + 1 :]) + a + 1
-        if not after.size:
-            continue
-        factors = table.total(unit, ones[a] + ones[after], branch) - nothing - alone[a] - alone[after]
-        for b, factor in zip(after.tolist(), factors.tolist(), strict=True):
-            if factor:
-                joint[a, b] = factor * np.multiply.outer(np.asarray(ladders[a]), np.asarray(ladders[b]))
-    meter = Pairwise(constant=nothing, own=own, joint=joint)
-    grid = np.array([[0] * count, [size - 1 for size in sizes], [size // 2 for size in sizes]])
+    sizes = [len(ladder) for ladder in ladders]
+    layout = Layout(sizes)
     exact = _counted(table, unit, ladders, branch)
-    if (meter.total(grid) == exact(grid)).all():
+    dense = np.zeros(len(ladders), dtype=np.int64)
+    nothing = int(exact(dense[None])[0])
+    alone = np.repeat(dense[None], layout.group.size, axis=0)
+    alone[np.arange(layout.group.size), layout.group] = layout.option
+    own = np.split(exact(alone) - nothing, layout.first[1:])
+    joint = {
+        (a, b): _pair(exact, (a, b), ladders, own[a], own[b], nothing)
+        for a, b in zip(*np.nonzero(np.triu(_meetings(table), 1)), strict=True)
+    }
+    met = {(int(a), int(b)): pair for (a, b), pair in joint.items() if pair.any()}
+    meter = Pairwise(constant=nothing, own=own, joint=met)
+    draw = np.random.default_rng(0)
+    last = np.array(sizes) - 1
+    sample = draw.integers(0, last + 1, size=(SAMPLED, len(sizes)))
+    sample = np.concatenate([np.where(draw.random(sample.shape) < 0.5, last, sample), sample, last[None]])
+    if (meter.total(sample) == exact(sample)).all():
         return meter
-    return Opaque(exact, sizes)
+    return Opaque(exact, sizes, guide=meter)
+
+
+def _meetings(table: CostTable) -> Bools:
+    """Groups whose widths multiply in some tensor, or one of which removes what the other runs through, (G, G)."""
+    touched: Bools = (table.coef != 0).any(axis=1)
+    gone, dead = getattr(table, "gone", None), getattr(table, "dead", None)
+    if gone is not None and dead is not None:
+        touched = touched | gone | (touched @ dead.T)
+    meetings: Bools = (touched.T.astype(np.int64) @ touched.astype(np.int64)) > 0
+    return meetings
+
+
+def _pair(exact: Callable[[Ints], Ints], pair: tuple[int, int], ladders: Sequence[Sequence[int]], *alone: Any) -> Ints:
+    """What two groups' options cost beyond the sum of each alone, from the dense model, (K_a, K_b).
+
+    Between widths above zero that is one factor times both changes of width; a removed group is asked for.
+    """
+    (a, b), (own_a, own_b, dense) = pair, alone
+    width_a, width_b = np.asarray(ladders[a]), np.asarray(ladders[b])
+    asked = (width_a == 0)[:, None] | (width_b == 0)[None]
+    asked[1:2, 1:2] = True  # for the factor
+    asked[0] = asked[:, 0] = False  # one of them is dense: nothing beyond the sum
+    i, j = np.nonzero(asked)
+    rows = np.zeros((i.size, len(ladders)), dtype=np.int64)
+    rows[:, a], rows[:, b] = i, j
+    beyond = exact(rows) - own_a[i] - own_b[j] - dense
+    joint = np.zeros(asked.shape, dtype=np.int64)
+    if asked[1:2, 1:2].any() and width_a[1] and width_b[1]:
+        change = np.multiply.outer(width_a - width_a[0], width_b - width_b[0])
+        at = int(np.flatnonzero((i == 1) & (j == 1))[0])
+        joint = change * (int(beyond[at]) // int(change[1, 1]))
+    joint[i, j] = beyond
+    return joint
 
 
 def _counted(
@@ -435,7 +489,7 @@ def _best_move(problem: Problem, level: Ints) -> Ints | None:
     rows, columns = np.nonzero(fits)
     if not rows.size:
         return None
-    exact = all(cross is not None for cross in crosses)
+    exact = all(meter.exact for meter in problem.meters)
     sums = both[rows, columns]
     order = [int(np.argmin(sums))] if exact else np.argsort(sums, kind="stable")[: 8 * VERIFIED].tolist()
     return _first_fitting(problem, level, [(int(near_N[up[rows[k]]]), int(near_N[columns[k]])) for k in order])

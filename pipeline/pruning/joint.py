@@ -23,6 +23,7 @@ from fusepress.pipeline.pruning.budget import Pairwise
 
 Floats = npt.NDArray[np.float64]
 BUDGET_SCALE = 1e5  # a budget row is scaled to this: the solver's tolerance of 1e-7 is then far below one unit of cost
+VALUE_SCALE = 1e4  # of the summed values: the solver stops at an absolute gap of 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def solve_joint(
 
     started = time.perf_counter()
     values_ = [np.asarray(v, dtype=np.float64) for v in values]
-    scale = max(float(sum(np.abs(v).max() for v in values_)), 1e-300)
+    scale = max(float(sum(np.abs(v).max() for v in values_)), 1e-300) / VALUE_SCALE
     rows = _Rows(values_, costs)
     objective = np.zeros(rows.columns)
     objective[: rows.options] = np.concatenate(values_) / scale
@@ -82,7 +83,7 @@ def solve_joint(
         ratio = BUDGET_SCALE / max(1, abs(room))
         constraints.append(LinearConstraint(rows.costs(cost)[None] * ratio, -np.inf, room * ratio))
     if at_most is not None:
-        constraints.append(LinearConstraint(objective[None], -np.inf, at_most / scale + 1e-7))
+        constraints.append(LinearConstraint(objective[None], -np.inf, at_most / scale + 1e-5))
     result = highs(
         objective,
         integrality=(np.arange(rows.columns) < rows.options).astype(np.int64),

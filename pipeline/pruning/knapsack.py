@@ -117,7 +117,8 @@ def milp(
         return []
     group_S = np.repeat(np.arange(len(values_)), [v.size for v in values_])
     value_S, cost_S = np.concatenate(values_), np.concatenate(costs_)
-    scale = float(np.abs(value_S).max()) or 1.0  # the solver's gap is absolute
+    # The solver stops at an absolute gap of 1e-6, so the values are made large.
+    scale = (float(sum(np.abs(v).max() for v in values_)) or 1.0) / 1e4
     one = csr_array((np.ones(group_S.size), (group_S, np.arange(group_S.size))))
     result = highs(
         value_S / scale,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusepress.pipeline.errors import RecipeError, StageError
 from fusepress.pipeline.graph.cost import CostTable, Ints, Unit
-from fusepress.pipeline.pruning.budget import Meter, Opaque, Problem, least, table_meter, widths_at
+from fusepress.pipeline.pruning.budget import Layout, Meter, Opaque, least, table_meter, widths_at
 from fusepress.pipeline.recipe import PruneConfig
 
 NANOSECONDS = 1e6  # in a millisecond: latency is counted in whole ones
@@ -37,6 +37,9 @@ class Spend(Protocol):
     def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
         """The same cost as a function of levels of the ladders."""
 
+    def lowest(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> int:
+        """The least that the ladders allow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSpend:
@@ -52,6 +55,10 @@ class TableSpend:
     def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
         """The same cost as a function of levels of the ladders."""
         return table_meter(self.table, self.unit, ladders, branch)
+
+    def lowest(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> int:
+        """The least that the ladders allow: the smallest widths."""
+        return int(self.total(np.array([ladder[-1] for ladder in ladders], dtype=np.int64), branch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,11 @@ class LatencySpend:
             return self._counted(np.concatenate(curves))
 
         return Opaque(lambda levels: self.total(widths_at(ladders, levels)), [len(x) for x in ladders], alone)
+
+    def lowest(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> int:
+        """The least that the ladders allow, as far as single moves find it: latency goes in stairs."""
+        meter = self.meter(ladders, branch)
+        return int(meter.total(least(meter, Layout([len(x) for x in ladders]))[None])[0])
 
     def _named(self, widths: Ints) -> dict[str, int]:
         return dict(zip(self.ids, widths.tolist(), strict=True))
@@ -191,14 +203,14 @@ def _latency(
     return spend, (Limit(key="prune.latency_ms", branch=None, given=budget_ms, bound=bound, dense=dense),)
 
 
-def require(limits: Sequence[Limit], problem: Problem) -> None:
+def require(limits: Sequence[Limit], spend: Spend, ladders: Sequence[Sequence[int]]) -> None:
     """Refuse budgets that even the smallest widths break.
 
     Raises:
         RecipeError: the least budget is named.
     """
-    for limit, meter in zip(limits, problem.meters, strict=True):
-        lowest = int(meter.total(least(meter, problem.layout)[None])[0])
+    for limit in limits:
+        lowest = spend.lowest(ladders, limit.branch)
         if limit.exceeded(np.array(lowest)):
             raise limit.refusal(lowest)
 
