@@ -247,7 +247,7 @@ def weights_in_rounds(
 ) -> WeightResult:
     """Any weight method in `config.rounds` rounds, as for channels; layers may lose all their weights.
 
-    Holds two copies of the parameters and, in bytes, one of masks and round numbers on top of the method's own.
+    Holds two copies of the parameters on top of the method's own, and in bytes one of masks and round numbers.
     """
     values = weights_of(model, task)
     rounds = weight_rounds(values, config.rounds)
@@ -344,7 +344,7 @@ def masked_training(model: nn.Module, task: LoadedTask, config: ScoreConfig, see
             parameter.requires_grad_(True)
         steps = config.reactivation_batches
         batches = itertools.islice(task.train_batches(seed, start=number * steps), steps)
-        return reactivate(
+        done = reactivate(
             model,
             task,
             parameters,
@@ -355,6 +355,8 @@ def masked_training(model: nn.Module, task: LoadedTask, config: ScoreConfig, see
             where=f"training after round {number + 1}",
             after_step=lambda: holder.apply(model),
         )
+        model.zero_grad(set_to_none=True)
+        return done
 
     return lambda snapshot: partial(train, snapshot)
 
