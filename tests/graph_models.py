@@ -243,6 +243,127 @@ class Stubborn(nn.Module):
         return self.head(torch.einsum("nchw,cd->ndhw", x, self.mix))  # type: ignore[no-any-return]
 
 
+class BasicBlock(nn.Module):
+    """A residual block that adds in place, with a projection where the shape changes."""
+
+    def __init__(self, i: int, o: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(i, o, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(o)
+        self.conv2 = nn.Conv2d(o, o, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(o)
+        self.down: nn.Module | None = None
+        if stride != 1 or i != o:
+            self.down = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x if self.down is None else self.down(x)
+        return F.relu(y, inplace=True)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8)
+        self.one = BasicBlock(8, 16, stride=2)
+        self.two = BasicBlock(16, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(self.stem(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Bottleneck(nn.Module):
+    """1x1, strided 3x3, 1x1 with a projection, then the same with an identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 16)
+        self.first = nn.Sequential(conv_bn(16, 8, 1), conv_bn(8, 12, 3, stride=2), nn.Conv2d(12, 24, 1))
+        self.first_bn = nn.BatchNorm2d(24)
+        self.short = nn.Conv2d(16, 24, 1, stride=2)
+        self.second = nn.Sequential(conv_bn(24, 8, 1), conv_bn(8, 8), nn.Conv2d(8, 24, 1), nn.BatchNorm2d(24))
+        self.head = nn.Conv2d(24, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.first_bn(self.first(x)) + self.short(x))
+        return self.head(F.relu(self.second(x) + x))  # type: ignore[no-any-return]
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 12, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return self.head(F.relu(self.norm(x)))  # type: ignore[no-any-return]
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(3, 16), conv_bn(16, 12), conv_bn(12, 16), nn.Conv2d(16, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+class Pyramid(nn.Module):
+    """Two levels that are merged by adding or by concatenation, resized to one another."""
+
+    def __init__(self, add: bool) -> None:
+        super().__init__()
+        self.add = add
+        self.fine, self.coarse = conv_bn(3, 16), conv_bn(16, 24, stride=2)
+        self.lateral_fine, self.lateral_coarse = conv_bn(16, 12, 1), conv_bn(24, 12, 1)
+        self.head = nn.Conv2d(12 if add else 24, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x)
+        up = F.interpolate(self.lateral_coarse(self.coarse(fine)), scale_factor=2.0, mode="nearest")
+        near = self.lateral_fine(fine)
+        return self.head(near + up if self.add else torch.cat([near, up], 1))  # type: ignore[no-any-return]
+
+
+class AddedSensors(nn.Module):
+    """A camera whose features are added to the LiDAR's: the sum goes on without it, but blind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.camera = nn.Sequential(conv_bn(3, 16), nn.Conv2d(16, 12, 1))
+        self.lidar = conv_bn(2, 12)
+        self.head = nn.Conv2d(12, 3, 1)
+
+    def forward(self, image: Tensor, scan: Tensor) -> Tensor:
+        return self.head(F.relu(self.camera(image) + self.lidar(scan)))  # type: ignore[no-any-return]
+
+
+class Parallel(nn.Module):
+    """Two paths that are added, either of which may go, but not both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8)
+        self.left = nn.Sequential(conv_bn(8, 16), nn.Conv2d(16, 12, 1))
+        self.right = nn.Sequential(conv_bn(8, 16), nn.Conv2d(16, 12, 1))
+        self.head = nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(F.relu(self.left(x) + self.right(x)))  # type: ignore[no-any-return]
+
+
 def image(n: int = 2, size: int = 8, channels: int = 3, seed: int = 0) -> Tensor:
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
 

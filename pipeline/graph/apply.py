@@ -1,4 +1,4 @@
-"""Surgery by pure indexing on the user's own class, its gated twin for the equality test, and checkpoint loading."""
+"""Surgery on the user's own class, its gated twin for the equality test, and checkpoint loading."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.errors import CheckpointError
 from fusepress.pipeline.graph.plan import Member, PrunePlan
 from fusepress.pipeline.graph.ports import CONVS, TRANSPOSED
+from fusepress.pipeline.graph.standins import check_swaps, stand_in
 
 LISTED = 3  # names shown of each kind of mismatch
 
@@ -28,7 +29,7 @@ def architecture_sha256(model: nn.Module) -> str:
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """Remove the plan's channels from a dense model, in place.
+    """Remove the plan's channels from a dense model, in place; the layers of removed blocks become stand-ins.
 
     Args:
         model: the dense architecture that the plan was made for; weights of any state.
@@ -47,10 +48,12 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
             f"at {type(model).__name__}; build the dense model with the options of the compressed run (and apply once)"
         )
     keeps = {key: _keep_index(model, key, gone) for key, gone in _removed(plan).items()}
+    check_swaps(model, plan.swaps)
     for (param, dim), keep in keeps.items():
         _index(model, param, dim, keep)
     for name in sorted({param.rpartition(".")[0] for param, _ in keeps}):
         _resize(model.get_submodule(name))
+    stand_in(model, plan.swaps)
     return model
 
 
@@ -90,7 +93,7 @@ def _masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callab
         over = (2,) if layer else tuple(range(2, flat.ndim + 1))
         split = flat.unflatten(1, (parts, -1))
         weight = mask.view(shape).expand_as(flat).unflatten(1, (parts, -1))
-        count = weight.sum(over, keepdim=True)
+        count = weight.sum(over, keepdim=True).clamp_min(1)  # with a removed block none are kept, and none are read
         mean = (split * weight).sum(over, keepdim=True) / count
         var = ((split - mean).square() * weight).sum(over, keepdim=True) / count
         out = ((split - mean) / (var + module.eps).sqrt()).flatten(1, 2)
@@ -105,12 +108,13 @@ def _masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callab
 
 
 def _removed(plan: PrunePlan) -> dict[tuple[str, int], list[int]]:
-    """Removed indices by (tensor, dimension)."""
+    """Removed indices by (tensor, dimension); where nothing is kept, the stand-in channels stay."""
     removed: dict[tuple[str, int], set[int]] = defaultdict(set)
     for group in plan.groups:
+        gone = [c for c in group.removed if c not in group.stand_in]
         for member in group.members:
-            removed[member.param, member.dim].update(member.indices(group.removed))
-    return {key: sorted(gone) for key, gone in removed.items()}
+            removed[member.param, member.dim].update(member.indices(gone))
+    return {key: sorted(gone) for key, gone in removed.items() if gone}
 
 
 def _keep_index(model: nn.Module, key: tuple[str, int], gone: list[int]) -> Tensor:

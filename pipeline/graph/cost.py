@@ -69,6 +69,9 @@ class CostTable:
         positions: how often each element of a tensor is multiplied for one sample; 0 for norms and biases, (P,).
         branches: modality of each tensor, P names.
         constant_macs: what is multiplied without weights (attention, matmul), at its dense size.
+        gone: tensors that are not there where a group has width 0, for its block is removed, (P, G); None is never.
+        dead: groups (second) that are removed with a block (first), (G, G).
+        least: channels that stand in for a removed group in tensors which stay, (G,).
     """
 
     ids: tuple[str, ...]
@@ -79,6 +82,9 @@ class CostTable:
     positions: Ints
     branches: tuple[str, ...]
     constant_macs: int = 0
+    gone: npt.NDArray[np.bool_] | None = None
+    dead: npt.NDArray[np.bool_] | None = None
+    least: Ints | None = None
     _column: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +92,25 @@ class CostTable:
 
     def sizes(self, widths: Ints) -> Ints:
         """Elements of every tensor: (G,) -> (P,), or (B, G) -> (B, P)."""
+        there = self._there(widths)
+        if there is not None:
+            widths, whole = there
+            return self._sizes(widths) * whole
+        return self._sizes(widths)
+
+    def _there(self, widths: Ints) -> tuple[Ints, Ints] | None:
+        """Widths with stand-ins for removed groups, and 1 for every tensor that is there; None without removed ones."""
+        if self.gone is None or self.dead is None or self.least is None or np.all(widths):
+            return None
+        removed = (np.asarray(widths) == 0) & self.gone.any(axis=0)
+        if not removed.any():
+            return None
+        hidden = removed | (removed @ self.dead)
+        stood: Ints = np.where(hidden, self.least, widths)
+        whole: Ints = 1 - (removed @ self.gone.T).astype(np.int64)
+        return stood, whole
+
+    def _sizes(self, widths: Ints) -> Ints:
         p, k, g = self.coef.shape
         # in float64, which counts exactly to 2**53, for it is much faster than integer products
         grown = np.asarray(widths, dtype=np.float64) @ self.coef.reshape(p * k, g).T.astype(np.float64)
@@ -198,6 +223,7 @@ class CostModel(CostTable):
                     fixed[row, axis] -= member.stride * graph.groups[column].width
                 axis += 1
             positions[row] = counted.get(id(parameter), 0)
+        gone, dead, least = _block_tables(graph, list(parameters))
         branches = {branch: list(paths) for branch, paths in graph.branches.items()}
         super().__init__(
             ids=tuple(group.id for group in graph.groups),
@@ -208,8 +234,32 @@ class CostModel(CostTable):
             positions=positions,
             branches=tuple(branch_of([name.rpartition(".")[0]], branches) for name in parameters),
             constant_macs=constant,
+            gone=gone,
+            dead=dead,
+            least=least,
         )
         self.layers = tuple(_layers(model, graph, calls, branches))
+
+
+def _block_tables(
+    graph: GroupGraph, parameters: list[str]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Ints] | tuple[None, None, None]:
+    """`gone`, `dead` and `least` of a cost table."""
+    if not graph.blocks:
+        return None, None, None
+    column = {group.id: k for k, group in enumerate(graph.groups)}
+    gone = np.zeros((len(parameters), len(column)), dtype=bool)
+    dead = np.zeros((len(column), len(column)), dtype=bool)
+    for block in graph.blocks:
+        folded = {swap.source for swap in block.swaps}
+        swaps = {swap.module: swap for swap in block.swaps}
+        dead[column[block.id], [column[group] for group in block.dead]] = True
+        for row, name in enumerate(parameters):
+            module, _, key = name.rpartition(".")
+            if module in swaps:
+                constant = swaps[module].kind in ("constant", "filled") and module not in folded
+                gone[row, column[block.id]] = not (constant and key == "bias")
+    return gone, dead, np.array([group.multiple for group in graph.groups], dtype=np.int64)
 
 
 @dataclass(slots=True)

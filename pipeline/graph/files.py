@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fusepress.pipeline.errors import StoreError
-from fusepress.pipeline.graph.plan import Frozen, Group, GroupGraph, Member
+from fusepress.pipeline.graph.plan import Block, Frozen, Group, GroupGraph, Member, Swap
 from fusepress.pipeline.store import atomic_write_text
 
 SCHEMA = 1
 
 
 def save_graph(graph: GroupGraph, path: Path) -> None:
-    """Write groups, frozen modules and notes; the same graph gives the same bytes."""
+    """Write groups, frozen modules, blocks and notes; the same graph gives the same bytes."""
     text = json.dumps({"schema": SCHEMA, **asdict(graph)}, indent=1)
     atomic_write_text(path, text + "\n")
 
@@ -42,12 +42,17 @@ def load_graph(path: Path) -> GroupGraph:
         )
         frozen = tuple(Frozen(**f) for f in raw["frozen"])
         branches = {branch: tuple(paths) for branch, paths in raw["branches"].items()}
+        blocks = tuple(
+            Block(id=b["id"], swaps=tuple(Swap(**swap) for swap in b["swaps"]), dead=tuple(b["dead"]))
+            for b in raw.get("blocks", ())  # files of before blocks could go have none
+        )
         return GroupGraph(
             groups=groups,
             frozen=frozen,
             arch_sha256=raw["arch_sha256"],
             notes=tuple(raw["notes"]),
             branches=branches,
+            blocks=blocks,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(

@@ -12,6 +12,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.errors import TaskError, TraceError
 from fusepress.pipeline.graph.apply import architecture_sha256
+from fusepress.pipeline.graph.blocks import BlockSearch
 from fusepress.pipeline.graph.check import Checker
-from fusepress.pipeline.graph.dependence import OUT_OF_TIME, Bench, find_links, hash_seed, set_up, start
+from fusepress.pipeline.graph.dependence import OUT_OF_TIME, Bench, Forward, find_links, hash_seed, set_up, start
 from fusepress.pipeline.graph.plan import Frozen, Group, GroupGraph
 from fusepress.pipeline.graph.ports import Links, Port, assemble, inside, kind_of
 from fusepress.pipeline.graph.trace import trace_links
@@ -28,6 +30,7 @@ from fusepress.pipeline.graph.trace import trace_links
 T = TypeVar("T")
 SAMPLES = 2  # of the example inputs: the test runs on a batch, the numeric finder on one sample
 TRACER_SHARE = 0.25  # of the time limit, for torch-pruning
+BLOCKS_SHARE = 0.5  # of what is left of it then, for the search for whole blocks
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
@@ -136,14 +139,31 @@ def _find(
                     reasons.setdefault(producer.rpartition(".")[0], bad[group.id])
         groups = [group for group in groups if group.id not in bad]
         more, notes = _second_opinion(model, inputs, kind, bench, branches, groups, checker, deadline)
-    groups = _in_order(groups + more, bench.ports)
-    return GroupGraph(
-        groups=tuple(groups),
-        frozen=_frozen(model, bench, groups, reasons),
-        arch_sha256=architecture_sha256(model),
-        notes=tuple(notes),
-        branches={branch: tuple(paths) for branch, paths in branches.items()},
+        groups = _in_order(groups + more, bench.ports)
+        graph = GroupGraph(
+            groups=tuple(groups),
+            frozen=_frozen(model, bench, groups, reasons),
+            arch_sha256=architecture_sha256(model),
+            notes=tuple(notes),
+            branches={branch: tuple(paths) for branch, paths in branches.items()},
+        )
+        return _with_blocks(graph, checker, deadline)
+
+
+def _with_blocks(graph: GroupGraph, checker: Checker, deadline: float) -> GroupGraph:
+    """The graph with the groups that may have width 0; a search that runs out of time keeps what it has."""
+    now = time.monotonic()
+    search = BlockSearch(
+        model=checker.model,
+        inputs=checker.inputs,
+        forward=checker.forward,
+        tolerance=checker.tolerance,
+        graph=graph,
+        deadline=now + BLOCKS_SHARE * max(0.0, deadline - now),
     )
+    blocks = search.find()
+    late = f"no time to see whether {search.unsearched} groups are whole blocks"
+    return replace(graph, blocks=blocks, notes=(*graph.notes, *([late] if search.unsearched else [])))
 
 
 def _probe(
@@ -181,6 +201,21 @@ def _probe(
         ) from error
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def working_copy(
+    model: nn.Module, example_inputs: dict[str, Tensor]
+) -> Iterator[tuple[nn.Module, dict[str, Tensor], Forward, float]]:
+    """A private copy to test on, with its parameters stirred: the copy, its inputs, how to run it, and the tolerance.
+
+    Raises:
+        TraceError: the model cannot be copied or run.
+    """
+    with _quiet_state(), torch.no_grad():
+        kind = _working_type(model, example_inputs)
+        torch.set_default_dtype(kind)
+        yield _jittered(_copy(model, kind)), _inputs_for(model, example_inputs, kind), run_flat, TOLERANCE[kind]
 
 
 @contextlib.contextmanager
@@ -349,4 +384,4 @@ def _opaque(module: nn.Module) -> str:
     return f"{type(module).__name__} is no standard layer: its own parameters could not be followed"
 
 
-__all__ = ["find_groups", "run_flat", "run_within"]
+__all__ = ["find_groups", "run_flat", "run_within", "working_copy"]

@@ -18,6 +18,7 @@ from fusepress.pipeline.errors import CheckpointError, StageError
 SCHEMA = 1
 FUSION = "fusion"
 Role = Literal["producer", "norm", "consumer"]
+SwapKind = Literal["zeros", "pass", "constant", "filled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,38 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Swap:
+    """What stands in for one layer when a whole block goes (`standins.py`).
+
+    Attributes:
+        module: path of the layer.
+        kind: "zeros" (zeros of the layer's output shape), "pass" (its input), "constant" (one number a channel, to be
+            broadcast), "filled" (the same at the layer's full output shape).
+        source: for a norm whose input was the constant of another layer: that layer. The norm's constant then is its
+            evaluation-mode output, and the source's is zero.
+    """
+
+    module: str
+    kind: SwapKind
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A group that may have width 0, because everything its readers make is only ever added to other signals.
+
+    Attributes:
+        id: the group.
+        swaps: the layers that go with it, and what stands in for them.
+        dead: other groups that nothing reads any more.
+    """
+
+    id: str
+    swaps: tuple[Swap, ...]
+    dead: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupGraph:
     """All coupled groups of a model.
 
@@ -88,6 +121,7 @@ class GroupGraph:
         arch_sha256: the architecture that they belong to.
         notes: what the two finders (tracing and probing) say of each other.
         branches: modality -> module paths, as given.
+        blocks: groups that may have width 0; all of them may have it at once.
     """
 
     groups: tuple[Group, ...]
@@ -95,6 +129,7 @@ class GroupGraph:
     arch_sha256: str
     notes: tuple[str, ...] = ()
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
 
     def __getitem__(self, group_id: str) -> Group:
         for group in self.groups:
@@ -107,17 +142,30 @@ class GroupGraph:
         """Dense width of every group."""
         return {group.id: group.width for group in self.groups}
 
+    @property
+    def removable(self) -> tuple[str, ...]:
+        """Ids of the groups that may have width 0."""
+        return tuple(block.id for block in self.blocks)
+
     def plan(self, kept: Mapping[str, Sequence[int]]) -> PrunePlan:
         """A plan that keeps these channels; groups left out, or kept whole, are not in it.
 
+        No kept channels at all remove the block of a removable group, and the groups that then are dead.
+
         Raises:
-            StageError: an unknown group, or channels out of range, repeated, or not equally from the group's parts.
+            StageError: an unknown group, no channels of a group that is not removable, or channels out of range,
+                repeated, or not equally from the group's parts.
         """
         unknown = sorted(set(kept) - set(self.widths))
         if unknown:
             raise StageError(f"expected groups of this model; got {unknown[0]!r}; it has {len(self.groups)} groups")
         planned = []
+        blocks = [block for block in self.blocks if block.id in kept and not len(kept[block.id])]
+        removed = {group for block in blocks for group in (block.id, *block.dead)}
         for group in self.groups:
+            if group.id in removed:
+                planned.append(_removed_group(group))
+                continue
             channels = sorted(kept.get(group.id, range(group.width)))
             _check_kept(group.id, channels, group.width, StageError)
             if len(channels) % group.multiple:
@@ -139,18 +187,52 @@ class GroupGraph:
                         members=group.members,
                     )
                 )
-        return PrunePlan(arch_sha256=self.arch_sha256, groups=tuple(planned))
+        return PrunePlan(
+            arch_sha256=self.arch_sha256,
+            groups=tuple(planned),
+            removed_blocks=tuple(group.id for group in self.groups if group.id in removed),
+            swaps=_merged(blocks),
+        )
+
+
+def _removed_group(group: Group) -> PlannedGroup:
+    part = group.width // group.multiple
+    return PlannedGroup(
+        id=group.id,
+        branch=group.branch,
+        width=group.width,
+        kept=(),
+        members=group.members,
+        stand_in=tuple(range(0, group.width, part)),
+    )
+
+
+def _merged(blocks: Sequence[Block]) -> tuple[Swap, ...]:
+    """The swaps of several blocks: a layer that is dead in one of them is dead, whatever it is to the others."""
+    merged: dict[str, Swap] = {}
+    for block in blocks:
+        for swap in block.swaps:
+            if swap.kind in ("zeros", "pass") or swap.module not in merged:
+                merged[swap.module] = swap
+    return tuple(merged[module] for module in sorted(merged))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedGroup:
-    """One group of a plan: which of its `width` channels stay (sorted)."""
+    """One group of a plan: which of its `width` channels stay (sorted).
+
+    Attributes:
+        kept: none where the group goes with a removed block.
+        stand_in: the fewest channels that the user's code runs with. Where none are kept, they are the size of what
+            flows, as zeros, through the operations between the layers that went.
+    """
 
     id: str
     branch: str
     width: int
     kept: tuple[int, ...]
     members: tuple[Member, ...]
+    stand_in: tuple[int, ...] = ()
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -166,12 +248,14 @@ class PrunePlan:
     Attributes:
         arch_sha256: the dense architecture that it applies to.
         groups: only groups that lose channels.
-        removed_blocks: reserved for whole residual blocks.
+        removed_blocks: the groups without kept channels, whose layers are gone.
+        swaps: what stands in for those layers.
     """
 
     arch_sha256: str
     groups: tuple[PlannedGroup, ...] = ()
     removed_blocks: tuple[str, ...] = ()
+    swaps: tuple[Swap, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> str:
@@ -187,17 +271,22 @@ class PrunePlan:
                     for m in group.members
                 ],
             }
+            | ({"stand_in": list(group.stand_in)} if group.stand_in else {})
             for group in self.groups
         ]
-        head: dict[str, Any] = {"schema": self.schema, "arch_sha256": self.arch_sha256}
-        return json.dumps(head | {"groups": groups, "removed_blocks": list(self.removed_blocks)}, indent=1) + "\n"
+        plan: dict[str, Any] = {"schema": self.schema, "arch_sha256": self.arch_sha256, "groups": groups}
+        plan["removed_blocks"] = list(self.removed_blocks)
+        if self.swaps:
+            plan["swaps"] = [{"module": s.module, "kind": s.kind, "source": s.source} for s in self.swaps]
+        return json.dumps(plan, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "the plan") -> PrunePlan:
         """Read a plan and check it.
 
         Raises:
-            CheckpointError: not JSON, another schema, a missing key, or kept channels unsorted, repeated, out of range.
+            CheckpointError: not JSON, another schema, a missing key, kept channels unsorted, repeated, out of range or
+                none in a group that is no removed block, or removed blocks that do not fit the groups.
         """
         try:
             raw = json.loads(text)
@@ -210,15 +299,29 @@ class PrunePlan:
             raise CheckpointError(
                 f"expected a prune plan of schema {SCHEMA}; got {got!r} at {where}; write it with this version"
             )
-        groups = _take(raw, "groups", list, where)
-        blocks = tuple(str(block) for block in _take(raw, "removed_blocks", list, where))
-        if blocks:
+        blocks = tuple(_take(raw, "removed_blocks", list, where)) if "removed_blocks" in raw else ()
+        groups = tuple(
+            _read_group(group, f"{where}, groups[{i}]", blocks)
+            for i, group in enumerate(_take(raw, "groups", list, where))
+        )
+        swaps = _take(raw, "swaps", list, where) if "swaps" in raw else []
+        empty = {group.id for group in groups if not group.kept}
+        for block in blocks:
+            if block not in empty:
+                raise CheckpointError(
+                    f"expected the removed block {block!r} among the groups without kept channels; got it not there "
+                    f"at {where}; the plan is damaged"
+                )
+        if bool(blocks) != bool(swaps):
             raise CheckpointError(
-                f"expected no removed blocks; got {blocks[0]!r} at {where}; this version removes channels only"
+                f"expected `swaps` where blocks are removed, and only there; got {len(blocks)} removed blocks and "
+                f"{len(swaps)} swaps at {where}; the plan is damaged"
             )
         return cls(
             arch_sha256=_take(raw, "arch_sha256", str, where),
-            groups=tuple(_read_group(group, f"{where}, groups[{i}]") for i, group in enumerate(groups)),
+            groups=groups,
+            removed_blocks=blocks,
+            swaps=tuple(_read_swap(swap, f"{where}, swaps[{i}]") for i, swap in enumerate(swaps)),
         )
 
     @classmethod
@@ -237,17 +340,36 @@ class PrunePlan:
         return cls.from_json(text, where=str(path))
 
 
-def _read_group(raw: Any, where: str) -> PlannedGroup:
+def _read_group(raw: Any, where: str, blocks: Sequence[str]) -> PlannedGroup:
     width = _take(raw, "width", int, where)
     kept = _take(raw, "kept", list, where)
     group_id = _take(raw, "id", str, where)
-    _check_kept(f"{group_id} ({where})", kept, width, CheckpointError)
+    stand_in = []
+    if kept or group_id not in blocks:
+        _check_kept(f"{group_id} ({where})", kept, width, CheckpointError)
+    else:
+        stand_in = _take(raw, "stand_in", list, where)
+        _check_kept(f"{group_id} ({where}.stand_in)", stand_in, width, CheckpointError)
     members = tuple(
         _read_member(member, f"{where}.members[{i}]") for i, member in enumerate(_take(raw, "members", list, where))
     )
     return PlannedGroup(
-        id=group_id, branch=_take(raw, "branch", str, where), width=width, kept=tuple(kept), members=members
+        id=group_id,
+        branch=_take(raw, "branch", str, where),
+        width=width,
+        kept=tuple(kept),
+        members=members,
+        stand_in=tuple(stand_in),
     )
+
+
+def _read_swap(raw: Any, where: str) -> Swap:
+    kind = _take(raw, "kind", str, where)
+    if kind not in get_args(SwapKind):
+        raise CheckpointError(
+            f"expected a kind of {', '.join(get_args(SwapKind))}; got {kind!r} at {where}; mend the plan"
+        )
+    return Swap(module=_take(raw, "module", str, where), kind=kind, source=_take(raw, "source", str, where))
 
 
 def _read_member(raw: Any, where: str) -> Member:
