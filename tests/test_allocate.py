@@ -13,57 +13,14 @@ from hypothesis import strategies as st
 
 from fusepress.pipeline.errors import RecipeError, StageError
 from fusepress.pipeline.graph.cost import CostTable
-from fusepress.pipeline.graph.plan import Group, GroupGraph, Member
+from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.pruning.allocate import Allocation, allocate
+from fusepress.pipeline.pruning.curves import Curve
+from fusepress.pipeline.pruning.ladders import ladder_widths
 from fusepress.pipeline.recipe import PruneConfig
+from tests.allocation_toys import Scores, Stairs, chain, random_scores, table
 
-Scores = dict[str, npt.NDArray[np.float32]]
-
-
-def chain(widths: list[int], multiples: list[int] | None = None, branches: list[str] | None = None) -> GroupGraph:
-    """Groups of a chain of layers: layer i makes group i and reads group i - 1; a last layer reads the last group."""
-    multiples = multiples or [1] * len(widths)
-    branches = branches or ["fusion"] * len(widths)
-    groups = tuple(
-        Group(
-            id=f"m{i}.weight",
-            branch=branches[i],
-            width=width,
-            multiple=multiples[i],
-            members=(
-                Member(param=f"m{i}.weight", dim=0),
-                Member(param=f"m{i + 1}.weight", dim=1, role="consumer"),
-            ),
-            producers=(f"m{i}.weight",),
-        )
-        for i, width in enumerate(widths)
-    )
-    return GroupGraph(groups=groups, frozen=(), arch_sha256="0")
-
-
-def table(graph: GroupGraph, positions: list[int]) -> CostTable:
-    """Costs of the chain: weight i is (group i) x (group i - 1) x 9; first inputs and last outputs are fixed."""
-    count = len(graph.groups)
-    fixed = np.zeros((count + 1, 2), dtype=np.int64)
-    coef = np.zeros((count + 1, 2, count), dtype=np.int64)
-    fixed[0, 1], fixed[count, 0] = 3, 5
-    for i in range(count):
-        coef[i, 0, i] = coef[i + 1, 1, i] = 1
-    return CostTable(
-        ids=tuple(group.id for group in graph.groups),
-        dense=np.array([group.width for group in graph.groups], dtype=np.int64),
-        rest=np.full(count + 1, 9, dtype=np.int64),
-        fixed=fixed,
-        coef=coef,
-        positions=np.array(positions, dtype=np.int64),
-        branches=(*(group.branch for group in graph.groups), "fusion"),
-        constant_macs=100,
-    )
-
-
-def random_scores(graph: GroupGraph, seed: int = 0, low: float = 0.0) -> Scores:
-    draw = np.random.default_rng(seed)
-    return {g.id: (draw.random(g.width) * (1 - low) + low).astype(np.float32) for g in graph.groups}
+ALLOCATIONS = ("global", "importance", "distortion")
 
 
 def allowed(group: Group, config: PruneConfig, align: int) -> list[int]:
@@ -241,3 +198,202 @@ def test_bad_scores_are_a_clear_error(scores: Scores, words: str) -> None:
     graph, cost = two()
     with pytest.raises(StageError, match=words):
         allocate(scores, graph, cost, PruneConfig(macs=0.5), align=8)
+
+
+def curves(
+    graph: GroupGraph, config: PruneConfig, align: int, seed: int = 0, blocks: tuple[str, ...] = ()
+) -> dict[str, Curve]:
+    """Distortion that grows with what is removed, more in some groups than in others."""
+    draw = np.random.default_rng(seed)
+    made = {}
+    for group in graph.groups:
+        widths = ladder_widths(group, config, align, [], blocks)
+        gone = 1 - np.array(widths) / group.width
+        made[group.id] = Curve(widths=widths, distortion=draw.random() * gone**2, fisher=np.zeros((len(widths), 0)))
+    return made
+
+
+def in_mode(allocation: str, **budget: Any) -> PruneConfig:
+    return PruneConfig.model_validate({"allocation": allocation, "distortion": {"eta": 0.0}, **budget})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(ALLOCATIONS), st.floats(0.2, 1.1))
+def test_a_latency_budget_is_never_exceeded(seed: int, allocation: str, share: float) -> None:
+    draw = np.random.default_rng(seed)
+    graph = chain([8 * int(n) for n in draw.integers(1, 9, 4)])
+    latency = Stairs(graph, draw.integers(1, 40, 5).tolist())
+    config = in_mode(allocation, latency_ms=share * latency.latency_ms(graph.widths))
+    assert config.latency_ms is not None
+    options: dict[str, Any] = {"align": 8, "latency": latency, "distortion": curves(graph, config, 8, seed)}
+    least = {group.id: allowed(group, config, 8)[0] for group in graph.groups}
+    if latency.latency_ms(least) > config.latency_ms:
+        with pytest.raises(RecipeError, match=r"expected prune\.latency_ms >= \d+\.\d{3}, the least that floors"):
+            allocate(random_scores(graph, seed), graph, table(graph, [1] * 5), config, **options)
+        return
+    result = allocate(random_scores(graph, seed), graph, table(graph, [1] * 5), config, **options)
+    assert latency.latency_ms(result.widths) <= config.latency_ms
+    assert result.unit == "latency_ms"
+    assert result.achieved == pytest.approx(
+        latency.latency_ms(result.widths) / latency.latency_ms(graph.widths), rel=1e-5
+    )
+    assert result.gap >= 0
+    if allocation != "distortion":
+        for group in graph.groups:
+            ladder = allowed(group, config, 8)
+            if (width := result.widths[group.id]) < group.width:
+                wider = result.widths | {group.id: ladder[ladder.index(width) + 1]}
+                assert latency.latency_ms(wider) > config.latency_ms
+
+
+def test_the_least_latency_is_named_and_works() -> None:
+    graph, cost = two()
+    latency = Stairs(graph, [100, 100, 100])
+    options: dict[str, Any] = {"align": 8, "latency": latency}
+    with pytest.raises(RecipeError, match=r"expected prune\.latency_ms >= 0\.350, .*; got 0\.1; raise it") as error:
+        allocate(random_scores(graph), graph, cost, in_mode("importance", latency_ms=0.1), **options)
+    least = float(str(error.value).split(">= ")[1].split(",")[0])
+    result = allocate(random_scores(graph), graph, cost, in_mode("importance", latency_ms=least), **options)
+    assert latency.latency_ms(result.widths) <= least
+    assert result.widths == {"m0.weight": 16, "m1.weight": 16}  # narrower within the tile would save nothing
+
+
+def test_latency_needs_a_prediction_and_has_no_branches() -> None:
+    graph, cost = two()
+    with pytest.raises(StageError, match=r"expected a latency prediction for prune\.latency_ms; got none"):
+        allocate(random_scores(graph), graph, cost, in_mode("global", latency_ms=1.0), align=8)
+    config = in_mode("global", latency_ms=1.0, branches={"camera": 0.5})
+    with pytest.raises(RecipeError, match=r"prune\.branches only beside prune\.macs or prune\.params; got 'camera'"):
+        allocate(random_scores(graph), graph, cost, config, align=8, latency=Stairs(graph, [1, 1, 1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_a_latency_that_is_none_is_an_error(value: float) -> None:
+    class Broken(Stairs):
+        def latency_ms(self, widths: Any) -> float:
+            return value
+
+    graph, cost = two()
+    with pytest.raises(StageError, match="expected finite predicted latencies"):
+        allocate(
+            random_scores(graph),
+            graph,
+            cost,
+            in_mode("global", latency_ms=1.0),
+            align=8,
+            latency=Broken(graph, [1] * 3),
+        )
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_importance_keeps_no_less_score_than_the_ranking(unit: str) -> None:
+    better = 0
+    for seed in range(15):
+        draw = np.random.default_rng(seed)
+        graph = chain([8 * int(n) for n in draw.integers(2, 9, 5)])
+        cost = table(graph, draw.integers(1, 50, 6).tolist())
+        scores = random_scores(graph, seed)
+        kept = {}
+        for allocation in ("global", "importance"):
+            result = allocate(scores, graph, cost, in_mode(allocation, **{unit: 0.5}), align=8)
+            kept[allocation] = sum(float(scores[g][c].sum()) for g, c in result.kept.items())
+            lost = sum(float(s.sum()) for s in scores.values()) - kept[allocation]
+            assert result.objective == pytest.approx(lost, abs=1e-4)
+        assert kept["importance"] >= kept["global"] - 1e-6
+        better += kept["importance"] > kept["global"] + 1e-6
+    assert better >= 5
+
+
+def test_distortion_decides_the_widths_and_scores_the_channels() -> None:
+    graph, cost = two()
+    scores = random_scores(graph)
+    config = in_mode("distortion", macs=0.55)
+    made = curves(graph, config, 8)
+    made["m0.weight"] = Curve(
+        widths=made["m0.weight"].widths, distortion=np.array([0.0, 5.0, 6.0, 7.0]), fisher=np.zeros((4, 0))
+    )
+    made["m1.weight"] = Curve(
+        widths=made["m1.weight"].widths, distortion=np.array([0.0, 0.1, 0.2, 9.0]), fisher=np.zeros((4, 0))
+    )
+    result = allocate(scores, graph, cost, config, align=8, distortion=made)
+    assert result.widths == {"m0.weight": 32, "m1.weight": 16}
+    assert result.objective == pytest.approx(0.2)
+    assert result.iterations > 0
+    for group in graph.groups:
+        check_kept(group, scores[group.id], result)
+
+
+def test_distortion_keeps_no_channel_that_was_measured_to_harm() -> None:
+    graph, cost = two()
+    config = in_mode("distortion", macs=1.0)
+    made = curves(graph, config, 8)
+    assert allocate(random_scores(graph), graph, cost, config, align=8, distortion=made).widths == graph.widths
+    made["m0.weight"] = Curve(
+        widths=made["m0.weight"].widths, distortion=np.array([0.0, -0.5, 1.0, 2.0]), fisher=np.zeros((4, 0))
+    )
+    result = allocate(random_scores(graph), graph, cost, config, align=8, distortion=made)
+    assert result.widths == {"m0.weight": 24, "m1.weight": 32}
+
+
+@pytest.mark.parametrize(
+    ("curve", "words"),
+    [
+        (None, r"curve over the widths \(32, 24, 16, 8\); got none at m0\.weight"),
+        (
+            Curve(widths=(32, 16), distortion=np.zeros(2), fisher=np.zeros((2, 0))),
+            r"got one over the widths \(32, 16\)",
+        ),
+        (
+            Curve(widths=(32, 24, 16, 8), distortion=np.array([0, 1, np.nan, 2]), fisher=np.zeros((4, 0))),
+            r"expected 4 finite distortions; got shape \(4,\), 1 of them not finite, at m0\.weight",
+        ),
+    ],
+)
+def test_curves_that_do_not_fit_are_a_clear_error(curve: Curve | None, words: str) -> None:
+    graph, cost = two()
+    config = in_mode("distortion", macs=0.5)
+    given_curves = {**curves(graph, config, 8)}
+    if curve is None:
+        del given_curves["m0.weight"]
+    else:
+        given_curves["m0.weight"] = curve
+    with pytest.raises(StageError, match=words):
+        allocate(random_scores(graph), graph, cost, config, align=8, distortion=given_curves)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_whole_blocks_go_only_where_they_may(allocation: str) -> None:
+    graph = chain([32, 32, 32])
+    cost = table(graph, [1, 1, 1, 1])
+    scores = random_scores(graph)
+    scores["m1.weight"][:] = 1e-6
+    block = ("m1.weight",)
+    made = curves(graph, in_mode(allocation, macs=0.3, blocks=True), 8, blocks=block)
+    made["m1.weight"] = Curve(
+        widths=made["m1.weight"].widths, distortion=np.full(5, 1e-6) * np.arange(5), fisher=np.zeros((5, 0))
+    )
+    config = in_mode(allocation, macs=0.3, blocks=True)
+    result = allocate(scores, graph, cost, config, align=8, distortion=made, removable=block)
+    if allocation == "global":
+        assert result.removed_blocks == ()
+    else:
+        assert result.removed_blocks == block
+        assert result.kept["m1.weight"] == []
+    for blocks, removable in ((False, block), (True, ())):
+        config = in_mode(allocation, macs=0.3, blocks=blocks)
+        made = curves(graph, config, 8)
+        result = allocate(scores, graph, cost, config, align=8, distortion=made, removable=removable)
+        assert result.removed_blocks == ()
+        assert min(result.widths.values()) > 0
+
+
+def test_ladders_end_in_nothing_for_blocks_and_stay_whole_for_kept_modules() -> None:
+    narrow, wide = chain([8, 40]).groups
+    config = PruneConfig(macs=0.5, blocks=True, floor=0.3)
+    ids = (narrow.id, wide.id)
+    assert ladder_widths(wide, config, 8, [], ids) == (40, 32, 24, 16, 0)
+    assert ladder_widths(narrow, config, 8, [], ids) == (8, 0)
+    assert ladder_widths(narrow, config, 8, []) == (8,)
+    notes: list[str] = []
+    assert ladder_widths(wide, config.model_copy(update={"keep": ("m1",)}), 8, notes, ids) == (40,)
+    assert notes == ["m1.weight: kept by prune.keep"]

@@ -70,7 +70,7 @@ def allocate(
     align: int,
     distortion: Mapping[str, Curve] | None = None,
     latency: LatencyLike | None = None,
-    removable: Collection[str] = (),
+    removable: Collection[str] | None = None,
 ) -> Allocation:
     """Choose the widths and channels that stay.
 
@@ -82,8 +82,8 @@ def allocate(
         align: channel multiple of the target; widths are multiples of it where the dense width allows.
         distortion: one curve a group, for the allocation distortion.
         latency: the target's prediction, for a budget in milliseconds.
-        removable: groups that may take width 0 where `config.blocks` is set; not of the allocation global, whose
-            ranking knows single blocks of channels only.
+        removable: groups that may take width 0 where `config.blocks` is set, by default the graph's; not with the
+            allocation global, whose ranking knows aligned steps only.
 
     Returns:
         Widths within every budget by their true cost. With the allocations global and importance one more aligned
@@ -95,14 +95,18 @@ def allocate(
     """
     orders = {group.id: _order(group, scores) for group in graph.groups}
     notes: list[str] = []
-    allowed = removable if config.allocation != "global" else ()
+    dead = {block.id: tuple(block.dead) for block in getattr(graph, "blocks", ())}
+    allowed: Collection[str] = dead if removable is None else removable
+    if config.allocation == "global":
+        allowed = ()
     ladders = [
         _ladder(group, orders[group.id], scores[group.id], ladder_widths(group, config, align, notes, allowed))
         for group in graph.groups
     ]
     spend, limits = spend_and_limits(cost, config, latency)
-    solved = _solve(ladders, spend, limits, config, _losses(graph, ladders, config, distortion))
+    solved = _solve(ladders, spend, limits, config, _losses(graph, ladders, config, distortion, dead))
     widths = {g.id: ladder.widths[k] for g, ladder, k in zip(graph.groups, ladders, solved.level, strict=True)}
+    widths |= {gone: 0 for group, others in dead.items() if widths[group] == 0 for gone in others}
     assert not any(limit.exceeded(spend.total(cost.vector(widths), limit.branch)) for limit in limits)
     whole = limits[0]
     achieved = float(spend.total(cost.vector(widths))) / max(1, whole.dense)
@@ -142,11 +146,24 @@ def _solve(
 
 
 def _losses(
-    graph: GroupGraph, ladders: Sequence[Ladder], config: PruneConfig, distortion: Mapping[str, Curve] | None
+    graph: GroupGraph,
+    ladders: Sequence[Ladder],
+    config: PruneConfig,
+    distortion: Mapping[str, Curve] | None,
+    dead: Mapping[str, Sequence[str]],
 ) -> tuple[npt.NDArray[np.float64], ...]:
-    """What each width of each group loses, G vectors (K_g,)."""
+    """What each width of each group loses, G vectors (K_g,).
+
+    A block that goes also loses what the groups that go with it were worth (all of it, though they might have been
+    narrowed anyway). Its distortion was measured without them and needs no addition.
+    """
     if config.allocation != "distortion":
-        return tuple(ladder.worth[0] - np.array(ladder.worth) for ladder in ladders)
+        worth = {group.id: ladder.worth[0] for group, ladder in zip(graph.groups, ladders, strict=True)}
+        losses = [ladder.worth[0] - np.array(ladder.worth) for ladder in ladders]
+        for group, ladder, loss in zip(graph.groups, ladders, losses, strict=True):
+            if ladder.widths[-1] == 0:
+                loss[-1] += sum(worth[other] for other in dead.get(group.id, ()))
+        return tuple(losses)
     eta = resolve_eta(distortion or {}, config.distortion)
     losses = []
     for group, ladder in zip(graph.groups, ladders, strict=True):

@@ -319,7 +319,7 @@ class Outcome:
     iterations: int
 
 
-def minimise(problem: Problem, *, kicks: int = KICKS, seed: int = 0) -> Outcome:
+def minimise(problem: Problem, *, kicks: int | None = None, seed: int = 0) -> Outcome:
     """Least summed value within every budget: fixed points of the knapsack, then local search with restarts.
 
     The result is feasible by the meters' own count. It is a local optimum for every single move and every exchange of
@@ -328,7 +328,7 @@ def minimise(problem: Problem, *, kicks: int = KICKS, seed: int = 0) -> Outcome:
 
     Args:
         problem: values, costs and budgets.
-        kicks: restarts from the best point with a few groups moved at random.
+        kicks: restarts from the best point with a few groups moved at random; by default two a group, at most KICKS.
         seed: of the restarts.
 
     Raises:
@@ -340,7 +340,7 @@ def minimise(problem: Problem, *, kicks: int = KICKS, seed: int = 0) -> Outcome:
     if search.best is None:
         raise StageError("expected options within every budget; got none; raise the budgets")
     draw = np.random.default_rng(seed)
-    for _ in range(kicks if problem.layout.first.size > 1 else 0):
+    for _ in range(min(KICKS, 2 * problem.layout.first.size) if kicks is None else kicks):
         search.settle(_kicked(search.best, problem.layout.sizes, draw), RADII[-1:])
     return Outcome(level=tuple(search.best.tolist()), value=problem.value(search.best), iterations=search.iterations)
 
