@@ -148,7 +148,7 @@ class Stage:
             ahead = self._gradient(batches)
             trained = {p: v for p, v in ahead.items() if self._trains(p, modality)}
             length = sum(float(v.double().square().sum()) for v in trained.values()) ** 0.5
-            whole = sum(float(p.double().square().sum()) for p in trained) ** 0.5
+            whole = sum(float(p.detach().double().square().sum()) for p in trained) ** 0.5
             h = step * RELATIVE_STEP * whole / length
             sides = []
             for sign in (1.0, -1.0):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -22,6 +23,7 @@ from fusepress.pipeline.pruning.allocate import allocate
 from fusepress.pipeline.recipe import PruneConfig, ScoreConfig
 from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
 from fusepress.pipeline.scoring.criteria import score_channels
+from fusepress.pipeline.scoring.result import load_scores, save_scores
 from fusepress.pipeline.task import LoadedTask, first_batch
 
 STORE = RUNS / "runs.jsonl"
@@ -38,6 +40,8 @@ class Spec:
         seed: of scoring batches and of fine-tuning.
         branches: other module paths of the branches, or None for the task's.
         macs: kept share.
+        rank: of the allocation.
+        sign: -1 adds the second term instead of subtracting it: keeps what wakes up.
     """
 
     label: str
@@ -45,10 +49,14 @@ class Spec:
     seed: int = 0
     branches: Mapping[str, list[str]] | None = None
     macs: float = MACS
+    rank: Literal["score_per_cost", "score"] = "score_per_cost"
+    sign: float = 1.0
 
     def key(self, world: World) -> str:
         """Names the run."""
-        return json.dumps([world.name, STEPS, asdict(self)], sort_keys=True, default=dict)
+        usual = (("rank", "score_per_cost"), ("sign", 1.0))
+        facts = {name: value for name, value in asdict(self).items() if (name, value) not in usual}
+        return json.dumps([world.name, STEPS, facts], sort_keys=True, default=dict)
 
 
 @dataclass(slots=True)
@@ -61,14 +69,12 @@ class Bench:
         model: its dense network.
         facts: of the dense network.
         graphs: groups and costs by branches.
-        terms: AlterMOMA's second term by settings, for runs that differ in beta only.
     """
 
     world: World
     task: LoadedTask
     model: nn.Module
     facts: dict[str, Any]
-    terms: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     graphs: dict[str, tuple[GroupGraph, CostModel]] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +95,7 @@ class Bench:
         return self.graphs[key]
 
     def scores(self, task: LoadedTask, graph: GroupGraph, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Channel scores and the log; S = N(DeCI) - beta * N(ReRI) is put together from its two terms."""
+        """Channel scores and the log; S = N(DeCI) - beta * N(ReRI) is put together from its two terms, kept on disk."""
         config = ScoreConfig.model_validate(dict(spec.score))
         seed = 500 + spec.seed
         if config.method != "altermoma" or config.rounds > 1:
@@ -100,7 +106,7 @@ class Bench:
         if config.beta == 0:
             return first, log
         second, log = self._term(task, graph, spec, config.model_copy(update={"alpha": 0.0, "beta": 1.0}), seed)
-        return {key: first[key] + np.float32(config.beta) * second[key] for key in first}, log
+        return {key: first[key] + np.float32(spec.sign * config.beta) * second[key] for key in first}, log
 
     def _term(
         self, task: LoadedTask, graph: GroupGraph, spec: Spec, config: ScoreConfig, seed: int
@@ -109,10 +115,12 @@ class Bench:
         if config.beta == 0:  # the first term does not depend on how the second would be found
             shown = {name: value for name, value in shown.items() if not name.startswith("reactivation")}
         key = json.dumps([shown, seed, spec.branches], sort_keys=True, default=dict)
-        if key not in self.terms:
-            result = score_channels(self.model, task, graph, config, seed=seed)
-            self.terms[key] = result.channel, result.log
-        return self.terms[key]
+        path = RUNS / "terms" / f"{self.world.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_scores(score_channels(self.model, task, graph, config, seed=seed), path)
+        result = load_scores(path)
+        return result.channel, result.log
 
     def run(self, spec: Spec) -> dict[str, Any]:
         """Score, prune, fine-tune, measure."""
@@ -121,7 +129,7 @@ class Bench:
         graph, cost = self.graph(task)
         channel, log = self.scores(task, graph, spec)
         scored = time.monotonic()
-        config = PruneConfig(macs=spec.macs, rank="score_per_cost")
+        config = PruneConfig(macs=spec.macs, rank=spec.rank)
         allocation = allocate(channel, graph, cost, config, align=ALIGN)
         smaller = apply_plan(copy.deepcopy(self.model), graph.plan(allocation.kept))
         reestimate_batchnorm(smaller, self.task, 8, 700 + spec.seed)

@@ -28,9 +28,9 @@ WEAK: dict[str, Any] = {"reactivation_optimizer": "sgd", "reactivation_lr": 1e-3
 STRONG: dict[str, Any] = {"reactivation_optimizer": "adam", "reactivation_lr": 1e-4, "reactivation_batches": 24}
 CAMERA_UP_TO_IMAGE = ["camera.stem", "camera.stage1", "camera.stage2", "camera.stage3", "camera.pyramid"]
 
-FIRST = [World(redundancy=r, seed=0) for r in (1.0, 0.0, 0.5)]
+FIRST = [World(redundancy=r, seed=0) for r in (1.0, 0.0)]
+BETWEEN = [World(redundancy=r, seed=0) for r in (0.5, 0.25, 0.75)]
 SECOND = [World(redundancy=r, seed=1) for r in (1.0, 0.0, 0.5)]
-BETWEEN = [World(redundancy=0.25, seed=0), World(redundancy=0.75, seed=0)]
 NEVER_DEAD = [World(redundancy=r, seed=2, dead=0.0) for r in (1.0, 0.0)]
 KITTI = [World(redundancy=None, seed=0)]
 
@@ -44,6 +44,7 @@ MAIN = [
     altermoma("masked, weak", 1.0, **WEAK),
     altermoma("masked, strong, beta 0.5", 0.5, **STRONG),
     altermoma("masked, strong", 1.0, **STRONG),
+    altermoma("masked, strong, beta 0.25", 0.25, **STRONG),
     altermoma("noise", 1.0, **STRONG, reactivation="noise"),
     altermoma("unmasked", 1.0, **STRONG, reactivation="unmasked"),
     altermoma("permuted", 1.0, **STRONG, reactivation="permuted"),
@@ -52,6 +53,7 @@ MAIN = [
     Spec(label="random", score={"method": "random"}),
 ]
 VARIANTS = [
+    Spec(label="second term added", score={"method": "altermoma", "beta": 1.0, **STRONG}, sign=-1.0),
     *(
         altermoma(f"{aggregate}, beta {beta:g}", beta, **STRONG, aggregate=aggregate)
         for aggregate in ("abs", "literal")
@@ -75,11 +77,13 @@ VARIANTS = [
         score={"method": "altermoma", "beta": 0.0},
         branches={"camera": CAMERA_UP_TO_IMAGE, "lidar": ["lidar"]},
     ),
+    Spec(label="ranked by score alone, beta 0", score={"method": "altermoma", "beta": 0.0}, rank="score"),
+    Spec(label="ranked by score alone, beta 1", score={"method": "altermoma", "beta": 1.0, **STRONG}, rank="score"),
     altermoma("3 rounds, beta 0", 0.0, rounds=3),
     altermoma("3 rounds, beta 1", 1.0, rounds=3, **STRONG),
 ]
-CORE = [MAIN[number] for number in (0, 3, 7, 8)]
-CONTROLLED = [MAIN[number] for number in (0, 3, 4, 5, 7, 8)]
+CORE = [MAIN[number] for number in (0, 3, 4, 8, 9)]
+CONTROLLED = [MAIN[number] for number in (0, 3, 4, 5, 6, 8, 9)]
 
 
 def again(specs: list[Spec], seed: int) -> list[Spec]:
@@ -109,11 +113,12 @@ def mechanism_of(worlds: list[World]) -> Iterator[Job]:
 
 PARTS: dict[str, list[Job]] = {
     "main-first": list(runs_of(FIRST, MAIN)),
+    "middle": list(runs_of(BETWEEN[:1], CONTROLLED)),
+    "mechanism": list(mechanism_of(FIRST)),
     "main-second": list(runs_of(SECOND, CONTROLLED)),
-    "mechanism": list(mechanism_of(FIRST[:2])),
-    "variants": list(runs_of(FIRST[:2], VARIANTS)),
-    "between": list(runs_of(BETWEEN, CORE)),
     "kitti": list(runs_of(KITTI, CORE)),
+    "variants": list(runs_of(FIRST, VARIANTS)),
+    "between": list(runs_of(BETWEEN[1:], CORE)),
     "never-dead": list(runs_of(NEVER_DEAD, CORE)),
     "again": list(runs_of(FIRST, again(CORE, 1))),
 }

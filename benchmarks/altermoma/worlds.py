@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STREET = ROOT / "examples" / "street"
 KITTI = ROOT / "examples" / "kitti_depth"
 RUNS = ROOT / "runs" / "altermoma"
-ALONE_STEPS, JOINT_STEPS = 150, 450
+ALONE_STEPS, JOINT_STEPS, KITTI_STEPS = 150, 450, 300
 DENSE_LR = 2e-3
 EVAL_SAMPLES = 256
 
@@ -73,7 +73,9 @@ class Alone(nn.Module):
 def load_world(world: World, data: Path | None = None) -> LoadedTask:
     """The world's task; its batches stay in memory, for one world's runs see the same ones again and again."""
     if world.redundancy is None:
-        return load_task("task.py:KittiDepthTask", base=KITTI, data=data)
+        kitti = load_task("task.py:KittiDepthTask", base=KITTI, data=data)
+        kitti.user.dense_steps = KITTI_STEPS
+        return kitti
     task = load_task("task.py:RedundantStreetTask", base=STREET)
     task.user.redundancy = world.redundancy
     plain, kept = task.user.make, {}
@@ -104,9 +106,10 @@ def train(model: nn.Module, task: LoadedTask, steps: int, lr: float, seed: int) 
 def judge(model: nn.Module, task: LoadedTask, blank: str | None = None) -> dict[str, float]:
     """The task's metrics on the eval split, in bf16 on the street, with one sensor dead if named."""
     model.eval()
+    street = hasattr(task.user, "redundancy")
 
     def predict(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=street):
             return {name: value.float() for name, value in task.as_dict(model(**inputs)).items()}
 
     hurt = (lambda batch: task.user.corrupt(batch, f"{blank}_blank", 3)) if blank else None
