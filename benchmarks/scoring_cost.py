@@ -14,7 +14,7 @@ two rounds, SynFlow in three) and that hold a tensor of the shape of some parame
 parameters in one vector; their peak over the bytes of the parameters. So activations do not count, and what the shapes
 share by chance counts too much rather than too little. The model itself is not counted.
 
-Writes benchmarks/results/scoring_cost.json.
+Writes benchmarks/results/scoring_cost.json, method by method; with --methods the others stay in it.
 """
 
 from __future__ import annotations
@@ -196,6 +196,10 @@ def main() -> int:
         rows[method] = {
             "ratio": statistics.median(ratios) if ratios else None,
             "copies": copies_of(method, model, task, graph),
+            "command": " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "seeds": list(range(arguments.repeats)),
+            "n": arguments.repeats,
+            "load_average": round(os.getloadavg()[1], 1),
             "runs": runs,
         }
         print(f"{method:12} {rows[method]['ratio']} {rows[method]['copies']} {runs[0]['passes']} passes", flush=True)
@@ -206,19 +210,19 @@ def main() -> int:
 
 
 def write(rows: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """The results so far."""
+    """The results so far, beside what the file holds of other methods at the same number of batches."""
+    kept: dict[str, Any] = {}
+    if arguments.results.exists():
+        before = json.loads(arguments.results.read_text())
+        kept = before["methods"] if before["batches"] == arguments.batches else {}
     result = {
         "what": "time of scoring over (passes counted x time of a plain pass), and peak extra copies of the parameters",
-        "command": " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": 1,
-        "load_average_at_the_end": round(os.getloadavg()[1], 1),
         "cores": os.cpu_count(),
         "batches": arguments.batches,
-        "seeds": list(range(arguments.repeats)),
-        "n": arguments.repeats,
         "limits": {"ratio": LIMIT_TIME, "copies": LIMIT_COPIES},
-        "methods": rows,
+        "methods": {**kept, **rows},
     }
     arguments.results.write_text(json.dumps(result, indent=1) + "\n")
 
