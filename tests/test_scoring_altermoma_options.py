@@ -338,7 +338,8 @@ def test_a_rule_that_does_not_ask_for_redundancy_measures_none(monkeypatch: pyte
     toy = ConvToy()
     found, log = resolve_beta(toy.model, toy.task, FAST, seed=0)
     assert found == beta
-    assert "the same beta at every redundancy" in log["why"]
+    assert f"gives {beta:g} at every redundancy, so none was measured" in log["why"]
+    assert ("never paid" in log["why"]) == (beta == 0)
     assert "measured" not in log
 
 

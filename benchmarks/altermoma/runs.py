@@ -42,6 +42,7 @@ class Spec:
         macs: kept share.
         rank: of the allocation.
         sign: -1 adds the second term instead of subtracting it: keeps what wakes up.
+        beyond: a control whose second term is taken off the method's: what wakes up beyond it.
     """
 
     label: str
@@ -51,10 +52,11 @@ class Spec:
     macs: float = MACS
     rank: Literal["score_per_cost", "score"] = "score_per_cost"
     sign: float = 1.0
+    beyond: str | None = None
 
     def key(self, world: World) -> str:
         """Names the run."""
-        usual = (("rank", "score_per_cost"), ("sign", 1.0))
+        usual = (("rank", "score_per_cost"), ("sign", 1.0), ("beyond", None))
         facts = {name: value for name, value in asdict(self).items() if (name, value) not in usual}
         return json.dumps([world.name, STEPS, facts], sort_keys=True, default=dict)
 
@@ -102,11 +104,17 @@ class Bench:
             result = score_channels(self.model, task, graph, config, seed=seed)
             return result.channel, result.log
         assert not isinstance(config.beta, str)
+        beta = config.beta
         first, log = self._term(task, graph, spec, config.model_copy(update={"alpha": 1.0, "beta": 0.0}), seed)
         if config.beta == 0:
             return first, log
-        second, log = self._term(task, graph, spec, config.model_copy(update={"alpha": 0.0, "beta": 1.0}), seed)
-        return {key: first[key] + np.float32(spec.sign * config.beta) * second[key] for key in first}, log
+        config = config.model_copy(update={"alpha": 0.0, "beta": 1.0})
+        second, log = self._term(task, graph, spec, config, seed)
+        if spec.beyond is not None:
+            other = config.model_copy(update={"reactivation": spec.beyond})
+            control, _ = self._term(task, graph, spec, other, seed)
+            second = {key: second[key] - control[key] for key in second}
+        return {key: first[key] + np.float32(spec.sign * beta) * second[key] for key in first}, log
 
     def _term(
         self, task: LoadedTask, graph: GroupGraph, spec: Spec, config: ScoreConfig, seed: int

@@ -55,6 +55,14 @@ MAIN = [
 VARIANTS = [
     Spec(label="second term added", score={"method": "altermoma", "beta": 1.0, **STRONG}, sign=-1.0),
     *(
+        Spec(
+            label=f"masked beyond unmasked, beta {beta:g}",
+            score={"method": "altermoma", "beta": beta, **STRONG},
+            beyond="unmasked",
+        )
+        for beta in (0.25, 1.0)
+    ),
+    *(
         altermoma(f"{aggregate}, beta {beta:g}", beta, **STRONG, aggregate=aggregate)
         for aggregate in ("abs", "literal")
         for beta in (0.0, 1.0)
@@ -112,13 +120,16 @@ def mechanism_of(worlds: list[World]) -> Iterator[Job]:
 
 
 PARTS: dict[str, list[Job]] = {
-    "main-first": list(runs_of(FIRST, MAIN)),
-    "middle": list(runs_of(BETWEEN[:1], CONTROLLED)),
-    "mechanism": list(mechanism_of(FIRST)),
-    "main-second": list(runs_of(SECOND, CONTROLLED)),
+    "main": list(runs_of(FIRST, MAIN)),
+    "mechanism-redundant": list(mechanism_of(FIRST[:1])),
+    "second-redundant": list(runs_of(SECOND[:1], CONTROLLED)),
     "kitti": list(runs_of(KITTI, CORE)),
-    "variants": list(runs_of(FIRST, VARIANTS)),
-    "between": list(runs_of(BETWEEN[1:], CORE)),
+    "variants-redundant": list(runs_of(FIRST[:1], VARIANTS)),
+    "second-complementary": list(runs_of(SECOND[1:2], CONTROLLED)),
+    "mechanism-complementary": list(mechanism_of(FIRST[1:])),
+    "between": list(runs_of(BETWEEN, CORE)),
+    "second-between": list(runs_of(SECOND[2:], CORE)),
+    "variants-complementary": list(runs_of(FIRST[1:], VARIANTS)),
     "never-dead": list(runs_of(NEVER_DEAD, CORE)),
     "again": list(runs_of(FIRST, again(CORE, 1))),
 }

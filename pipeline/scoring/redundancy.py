@@ -154,7 +154,10 @@ def resolve_beta(
     if len(task.branches) < 2:
         return 0.0, {"beta": 0.0, "why": "one modality: nothing can be redundant beside another"}
     if len({beta for _, beta in BETA_RULE}) == 1:
-        beta, why = BETA_RULE[0][1], "the rule fitted in docs/altermoma.md gives the same beta at every redundancy"
+        beta = BETA_RULE[0][1]
+        why = f"the rule fitted in docs/altermoma.md gives {beta:g} at every redundancy, so none was measured"
+        if beta == 0:
+            why += "; in that study the second term never paid, however redundant the modalities were"
         return beta, {"beta": beta, "why": why}
     found = measure_redundancy(model, task, config, seed=seed, progress=progress)
     beta, why = beta_of(found["redundancy"])
