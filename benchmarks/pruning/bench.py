@@ -7,6 +7,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -172,6 +173,8 @@ class Bench:
         table = criteria.METHODS if cell.kind == "structured" else criteria.WEIGHT_METHODS
         if spec.source == "ours" and spec.score["method"] not in table:
             return f"no criterion {spec.score['method']} yet"
+        if spec.source == "modelopt" and importlib.util.find_spec("torchprofile") is None:
+            return "no torchprofile: pip install torchprofile==0.0.4"
         if spec.prune.get("allocation") in ("importance", "distortion"):
             if "distortion" not in inspect.signature(allocate).parameters:
                 return f"no allocation {spec.prune['allocation']} yet"
@@ -292,8 +295,8 @@ class Pruner:
             return self._measured(copy.deepcopy(self.bench.dense), self.bench.graph.widths, {})
         if self.cell.kind == "unstructured":
             return self._by_weights()
-        if source == "torch_pruning":
-            return self._by_torch_pruning()
+        if source in ("torch_pruning", "modelopt"):
+            return self._by_a_rival()
         return self._by_us()
 
     def _by_us(self) -> Pruned:
@@ -402,24 +405,39 @@ class Pruner:
         pruned.masks = masks
         return pruned
 
-    def _by_torch_pruning(self) -> Pruned:
-        from benchmarks.pruning.rivals import prune_by_torch_pruning
-
+    def _by_a_rival(self) -> Pruned:
         bench = self.bench
         known = (self.cell.method, self.cell.budget)
         with self.clock("surgery"):
-            if known not in bench.cut:  # it reads weights only, so that every seed gets the same network
-                bench.cut[known] = prune_by_torch_pruning(
-                    bench.dense,
-                    bench.inputs,
-                    self.cell.budget,
-                    self.cell.spec.prune,
-                    ignored=bench.task.keep,
-                    round_to=bench.protocol.align,
-                    max_ratio=1.0 - bench.protocol.floor,
-                )
-            model, ratio = copy.deepcopy(bench.cut[known][0]), bench.cut[known][1]
-        return self._measured(model, widths_of(model, bench), {"channel_ratio": ratio})
+            if known not in bench.cut:  # they draw nothing at random, so that every seed gets the same network
+                bench.cut[known] = self._cut()
+            model, knob = copy.deepcopy(bench.cut[known][0]), bench.cut[known][1]
+        return self._measured(model, widths_of(model, bench), {"knob": knob})
+
+    def _cut(self) -> tuple[nn.Module, float]:
+        from benchmarks.pruning.rivals import prune_by_fastnas, prune_by_torch_pruning
+
+        bench, spec, budget = self.bench, self.cell.spec, self.cell.budget
+        if spec.source == "torch_pruning":
+            return prune_by_torch_pruning(
+                bench.dense,
+                bench.inputs,
+                budget,
+                spec.prune,
+                ignored=bench.task.keep,
+                round_to=bench.protocol.align,
+                max_ratio=1.0 - bench.protocol.floor,
+            )
+        batches = list(itertools.islice(bench.task.batches("calib", 0), spec.prune["calib_batches"]))
+        sign = 1.0 if bench.task.metrics[bench.task.primary] == "max" else -1.0
+
+        def score(model: nn.Module) -> float:
+            found = evaluate(bench.task, torch_predict(bench.task, model), batches=batches)
+            return sign * found.metrics[bench.task.primary]
+
+        return prune_by_fastnas(
+            bench.dense, bench.inputs, budget, spec.prune, score=score, divisor=bench.protocol.align
+        )
 
     def _measured(self, model: nn.Module, widths: Mapping[str, int], log: dict[str, Any]) -> Pruned:
         dense = self.bench.cost

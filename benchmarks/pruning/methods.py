@@ -109,6 +109,13 @@ ALL: tuple[MethodSpec, ...] = (
         source="torch_pruning",
         prune={"pruner": "GroupNormPruner", "importance": "GroupMagnitudeImportance", "p": 2, "global": False},
     ),
+    MethodSpec(
+        name="fastnas",
+        label="FastNAS, nvidia-modelopt's own, nearest MACs it reaches",
+        suite="more",
+        source="modelopt",
+        prune={"ratios": [round(0.1 * k, 1) for k in range(1, 11)], "calib_batches": 2},
+    ),
     _ours("u_random", "random", "random", {}, suite="unstructured"),
     _ours("u_magnitude", "magnitude", "magnitude", {}, suite="unstructured"),
     _ours("u_lamp", "LAMP", "lamp", {}, suite="unstructured"),

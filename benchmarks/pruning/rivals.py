@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,3 +91,76 @@ def _cut(
         pruner.step()
     model.zero_grad(set_to_none=True)
     return model
+
+
+FASTNAS_STEP = 0.02  # how much lower the next constraint is where its own count of operations allows more than ours
+
+
+def prune_by_fastnas(
+    dense: nn.Module,
+    inputs: Mapping[str, Tensor],
+    budget: float,
+    options: Mapping[str, Any],
+    *,
+    score: Callable[[nn.Module], float],
+    divisor: int,
+) -> tuple[nn.Module, float]:
+    """nvidia-modelopt's FastNAS with its own search and surgery (it needs torchprofile 0.0.4 to count operations).
+
+    It measures `score` with every width of every layer alone, and keeps the widths whose loss is below one threshold
+    for all layers, found by bisection: a coarse knob, so that its network may lie well below the budget.
+
+    Args:
+        dense: the trained network; it is not changed.
+        inputs: example inputs by name.
+        budget: kept fraction of the dense MACs.
+        options: `ratios`, the widths tried as fractions of the dense one.
+        score: metric of a candidate, larger = better.
+        divisor: channel multiple.
+
+    Returns:
+        The pruned network, and the share of the operations that it was asked for.
+
+    Raises:
+        RuntimeError: no share gives a network within the budget.
+    """
+    import modelopt.torch.prune as mtp
+
+    most = budget * count_macs(dense, inputs)
+    rules = {
+        "nn.Conv2d": {"*": {"channels_ratio": tuple(options["ratios"]), "channel_divisor": divisor}},
+        "nn.BatchNorm2d": {"*": {"features_ratio": tuple(options["ratios"]), "feature_divisor": divisor}},
+    }
+    first = tuple(value[:1] for value in inputs.values())
+    memory: dict[str, float] = {}
+
+    share = budget
+    while share > 0:
+        quiet = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            warnings.simplefilter("ignore")
+            model, _ = mtp.prune(
+                model=copy.deepcopy(dense),
+                mode=[("fastnas", rules)],
+                constraints={"flops": f"{100 * share:g}%"},
+                dummy_input=first,
+                config={"score_func": _remembered(score, memory), "verbose": False},
+            )
+        if count_macs(model, inputs) <= most:
+            return model.eval(), share
+        share = round(share - FASTNAS_STEP, 4)
+    raise RuntimeError(f"expected FastNAS to reach {budget:g} of the MACs; got more at every share down to 0")
+
+
+def _remembered(score: Callable[[nn.Module], float], memory: dict[str, float]) -> Callable[[nn.Module], float]:
+    """The same candidate is scored once, also in the searches after the first."""
+
+    def remembered(model: nn.Module) -> float:
+        from modelopt.torch.nas.utils import get_subnet_config
+
+        key = repr(sorted(get_subnet_config(model, True).items()))
+        if key not in memory:
+            memory[key] = score(model)
+        return memory[key]
+
+    return remembered
