@@ -45,9 +45,10 @@ BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12:
 
 @dataclass(slots=True, kw_only=True)
 class Tensor:
-    """A tensor between kernels: its element count, its type in the graph and who reads it."""
+    """A tensor between kernels: its element count, its shape and type in the graph and who reads it."""
 
     elements: int
+    shape: tuple[int, ...] = ()
     bits: int
     is_float: bool
     readers: set[int] = field(default_factory=set)
@@ -180,7 +181,10 @@ class _Reader:
         if kind.elem_type in HALF_TYPES:
             self.half.add(value.name)
         self.tensors[value.name] = Tensor(
-            elements=math.prod(dims), bits=BITS.get(kind.elem_type, 32), is_float=kind.elem_type in FLOAT_TYPES
+            elements=math.prod(dims),
+            shape=dims,
+            bits=BITS.get(kind.elem_type, 32),
+            is_float=kind.elem_type in FLOAT_TYPES,
         )
 
     def network(self) -> Network:

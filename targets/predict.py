@@ -114,8 +114,9 @@ def _quantizable(kernel: Kernel) -> bool:
     return kernel.kind in ("gemm", "depthwise") and kernel.weights > 0 and kernel.op != "ConvTranspose"
 
 
-def _tensor_bytes(network: Network, precisions: list[Precision], precision: Precision | None) -> dict[str, float]:
-    sizes = {}
+def tensor_widths(network: Network, precisions: list[Precision], precision: Precision | None) -> dict[str, float]:
+    """Bytes of one element of every tensor between kernels."""
+    widths = {}
     outputs = set(network.outputs)
     for name, tensor in network.tensors.items():
         width = tensor.bits / 8
@@ -126,14 +127,15 @@ def _tensor_bytes(network: Network, precisions: list[Precision], precision: Prec
                 for reader in tensor.readers
             )
             width = 1.0 if narrow else BYTES["fp16" if precision != "fp32" and precision else "fp32"]
-        sizes[name] = tensor.elements * width
-    return sizes
+        widths[name] = width
+    return widths
 
 
 def describe_work(network: Network, precision: Precision | None) -> Work:
     """Turn a network into arrays, once for any number of power modes."""
     precisions = kernel_precisions(network, precision)
-    sizes = _tensor_bytes(network, precisions, precision)
+    element = tensor_widths(network, precisions, precision)
+    sizes = {name: network.tensors[name].elements * width for name, width in element.items()}
     kernels = network.kernels
     depth, columns = [], []
     for kernel, kind in zip(kernels, precisions, strict=True):
@@ -188,11 +190,7 @@ def predict_network(
     network: Network, profile: Profile, precision: str | None = None, *, mode: str | None = None
 ) -> Prediction:
     """As `predict_latency`, of a network that was read before: for many targets or modes."""
-    asked = None if precision is None else check_legality(profile, precision)
-    mode_name = profile.default_mode if mode is None else mode
-    profile.mode(mode_name)
-    if profile.family == "host":
-        profile = with_host(profile, host_profile_peak())
+    profile, asked, mode_name = resolve(profile, precision, mode)
     at = profile.mode(mode_name)
     work = describe_work(network, asked)
     for used in sorted(set(work.precisions)):
@@ -216,6 +214,20 @@ def predict_network(
         power_mode=mode_name,
         precision=_named(work, asked),
     )
+
+
+def resolve(profile: Profile, precision: str | None, mode: str | None) -> tuple[Profile, Precision | None, str]:
+    """The profile (the host's with what this machine reports), the checked precision and the power mode's name.
+
+    Raises:
+        TargetError: unknown power mode, or a precision the target does not have.
+    """
+    asked = None if precision is None else check_legality(profile, precision)
+    mode_name = profile.default_mode if mode is None else mode
+    profile.mode(mode_name)
+    if profile.family == "host":
+        profile = with_host(profile, host_profile_peak())
+    return profile, asked, mode_name
 
 
 def _named(work: Work, precision: Precision | None) -> str:
@@ -299,7 +311,8 @@ class Times:
 def kernel_times(work: Work, profile: Profile, mode: PowerMode, constants: Constants) -> Times:
     """The roofline: padded operations over peak, effective bytes over bandwidth, and a launch, for each kernel."""
     clock_khz = mode.gpu_mhz * 1e3
-    speed = np.asarray([_ops_per_ms_and_sm(profile, mode, p, constants) for p in work.precisions])
+    rate = {p: _ops_per_ms_and_sm(profile, mode, p, constants) for p in set(work.precisions)}
+    speed = np.asarray([rate[p] for p in work.precisions])
     scalar = profile.ops_per_clock_per_sm["fp32"].value * clock_khz * mode.sm_count * constants.compute_scalar
     matrix = _matrix_ms(work, speed, mode.sm_count, constants.tile_overhead)
     compute = np.where(work.matrix, matrix, 2 * work.macs / scalar)
