@@ -110,25 +110,27 @@ def _smallest(group: Group, config: PruneConfig | None) -> int:
 def _budget(ctx: Context, graph: Any, cost: Any, model: Any) -> dict[str, Any]:
     """Whether the budget can be reached at all: allocated with magnitude scores, which cost nothing."""
     from fusepress.pipeline.graph.apply import apply_plan
-    from fusepress.pipeline.pruning.allocate import allocate
     from fusepress.pipeline.recipe import ScoreConfig
     from fusepress.pipeline.scoring.criteria import score_channels
+    from fusepress.pipeline.stages.allocation import alignment, allocate_widths
 
     assert ctx.recipe.prune is not None
-    align = ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
+    config = ctx.recipe.prune
+    if config.allocation == "distortion":  # its tables cost passes; what can be reached does not depend on them
+        config = config.model_copy(update={"allocation": "importance"})
     scores = score_channels(
         model, ctx.task, graph, ScoreConfig(method="magnitude"), seed=0, progress=lambda _fraction, _note: None
     )
     try:
-        allocation = allocate(scores.channel, graph, cost, ctx.recipe.prune, align=align)
+        allocation, _ = allocate_widths(ctx, model, graph, cost, scores.channel, config=config)
     except RecipeError as error:
         return {"reachable": False, "why": str(error)}
     facts: dict[str, Any] = {
         "reachable": True,
-        "unit": "macs" if ctx.recipe.prune.macs is not None else "params",
+        "unit": allocation.unit,
         "fraction": allocation.budget,
         "achieved": allocation.achieved,
-        "align": align,
+        "align": alignment(ctx),
     }
     if not ctx.on_host:
         facts["latency_dense_ms"] = _predicted(ctx, model)

@@ -64,3 +64,29 @@ def test_auto_keeps_the_criterion_that_did_best_on_the_calib_split(project: Path
     assert facts["split"] == "calib"
     same = _prune(project, "same", f"score.method={facts['chosen']}")
     assert _details(record, "prune")["groups"] == _details(same, "prune")["groups"]
+
+
+@pytest.mark.parametrize("allocation", ["importance", "distortion"])
+def test_the_knapsacks_keep_the_budget_and_say_what_they_minimised(project: Path, allocation: str) -> None:
+    overrides = [f"prune.allocation={allocation}", "prune.distortion.samples=8", "prune.distortion.draws=2"]
+    record = _prune(project, allocation, *overrides)
+    details = _details(record, "prune")
+    assert details["choice"]["allocation"] == allocation
+    assert details["choice"]["objective"] > 0
+    assert 0 <= details["budget"]["gap"] < 0.1
+    assert ("eta" in details["choice"]) == (allocation == "distortion")
+
+
+def test_a_budget_in_milliseconds_is_met_by_the_same_prediction(project: Path) -> None:
+    baseline = _prune(project, "dense-latency").stage("baseline")
+    assert baseline is not None
+    dense_ms = next(m.value for m in baseline.measurements if m.name == "latency.mean_ms")
+    record = _prune(
+        project, "ms", "prune.macs=null", f"prune.latency_ms={0.97 * dense_ms}", "prune.allocation=importance"
+    )
+    prune = record.stage("prune")
+    assert prune is not None
+    assert prune.details["budget"]["unit"] == "latency_ms"
+    reached_ms = next(m.value for m in prune.measurements if m.name == "latency.mean_ms")
+    assert reached_ms <= 0.97 * dense_ms
+    assert sum(group["kept"] for group in prune.details["groups"]) < sum(g["width"] for g in prune.details["groups"])

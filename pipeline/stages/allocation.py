@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context
 
 if TYPE_CHECKING:
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from fusepress.pipeline.graph.cost import CostModel
     from fusepress.pipeline.graph.plan import GroupGraph
     from fusepress.pipeline.pruning.allocate import Allocation
+    from fusepress.pipeline.pruning.curves import DistortionTable
+    from fusepress.pipeline.pruning.latency import LatencyCost
+    from fusepress.pipeline.recipe import PruneConfig
 
 
 def alignment(ctx: Context) -> int:
@@ -22,8 +27,16 @@ def alignment(ctx: Context) -> int:
 
 
 def allocate_widths(
-    ctx: Context, model: nn.Module, graph: GroupGraph, cost: CostModel, scores: Mapping[str, Any]
-) -> Allocation:
+    ctx: Context,
+    model: nn.Module,
+    graph: GroupGraph,
+    cost: CostModel,
+    scores: Mapping[str, Any],
+    *,
+    config: PruneConfig | None = None,
+    work: Path | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> tuple[Allocation, dict[str, Any]]:
     """Choose widths and channels by the recipe's prune section.
 
     Args:
@@ -32,11 +45,76 @@ def allocate_widths(
         graph: its coupled groups.
         cost: their costs.
         scores: one vector a group, higher = keep.
+        config: in place of the recipe's prune section.
+        work: where distortion tables are kept as they are measured, so that a killed run goes on with them.
+        progress: called with the fraction done and a text.
+
+    Returns:
+        The allocation, and facts about it for the report.
 
     Raises:
         RecipeError: the budget cannot be reached.
     """
     from fusepress.pipeline.pruning.allocate import allocate
 
-    assert ctx.recipe.prune is not None
-    return allocate(scores, graph, cost, ctx.recipe.prune, align=alignment(ctx))
+    config = config or ctx.recipe.prune
+    assert config is not None
+    curves = None
+    facts: dict[str, Any] = {"allocation": config.allocation}
+    if config.allocation == "distortion":
+        table = _distortion(ctx, model, graph, scores, config, work, progress)
+        curves = table.curves
+        config = config.model_copy(update={"distortion": config.distortion.model_copy(update={"eta": table.eta})})
+        facts |= {"eta": table.eta, "samples": table.samples, **table.facts, "table_notes": list(table.notes)}
+    allocation = allocate(
+        scores,
+        graph,
+        cost,
+        config,
+        align=alignment(ctx),
+        distortion=curves,
+        latency=_latency(ctx, model, graph) if config.latency_ms is not None else None,
+        removable=graph.removable,
+    )
+    facts |= {"objective": allocation.objective, "iterations": allocation.iterations}
+    return allocation, facts
+
+
+def _distortion(
+    ctx: Context,
+    model: nn.Module,
+    graph: GroupGraph,
+    scores: Mapping[str, Any],
+    config: PruneConfig,
+    work: Path | None,
+    progress: Callable[[float, str], None] | None,
+) -> DistortionTable:
+    from fusepress.pipeline.pruning.distortion import distortion_table, silent
+    from fusepress.pipeline.pruning.ladders import ladder_widths
+
+    ladders = {group.id: ladder_widths(group, config, alignment(ctx), [], graph.removable) for group in graph.groups}
+    return distortion_table(
+        model,
+        ctx.task,
+        graph,
+        scores,
+        ladders,
+        config.distortion,
+        seed=ctx.recipe.seed,
+        out=work,
+        progress=progress or silent,
+    )
+
+
+def _latency(ctx: Context, model: nn.Module, graph: GroupGraph) -> LatencyCost:
+    from fusepress.pipeline.pruning.latency import LatencyCost
+
+    return LatencyCost(
+        model,
+        graph,
+        common.example_inputs(ctx),
+        ctx.profile,
+        ctx.power_mode,
+        ctx.precision,
+        output_names=common.output_names(ctx, model),
+    )

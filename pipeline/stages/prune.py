@@ -18,7 +18,7 @@ class Prune:
     """Allocates widths, writes the PrunePlan and applies it."""
 
     name = "prune"
-    version = 1
+    version = 2
 
     def skip(self, ctx: Context) -> str | None:
         """Optional."""
@@ -56,7 +56,15 @@ class Prune:
         model = common.dense_model(ctx)
         inputs = common.example_inputs(ctx)
         cost = CostModel(graph, model, inputs)
-        allocation = allocate_widths(ctx, model, graph, cost, scores)
+        allocation, choice = allocate_widths(
+            ctx,
+            model,
+            graph,
+            cost,
+            scores,
+            work=work,
+            progress=lambda fraction, text: ctx.reporter.update(0.1 * fraction, text),
+        )
         plan = graph.plan(allocation.kept)
         atomic_write_text(out / "plan.json", plan.to_json())
         atomic_write_text(out / "pruned.svg", score_picture(scores, graph.groups, allocation.kept))
@@ -69,12 +77,14 @@ class Prune:
         measurements = [*accuracy, *common.cost_measurements(model, inputs)]
         details: dict[str, Any] = {
             "budget": {
-                "unit": "macs" if ctx.recipe.prune.macs is not None else "params",
+                "unit": allocation.unit,
                 "fraction": allocation.budget,
                 "achieved": allocation.achieved,
                 "gap": allocation.gap,
                 "align": alignment(ctx),
             },
+            "choice": choice,
+            "removed_blocks": list(allocation.removed_blocks),
             "notes": [*graph.notes, *allocation.notes],
             "groups": [
                 {"id": g.id, "branch": g.branch, "width": g.width, "kept": allocation.widths[g.id]}

@@ -90,7 +90,7 @@ def _try(
     started = time.monotonic()
     config = ctx.recipe.score.model_copy(update={"method": method})
     result = score_channels(model, ctx.task, graph, config, seed=ctx.recipe.seed)
-    allocation = allocate_widths(ctx, model, graph, cost, result.channel)
+    allocation, _ = allocate_widths(ctx, model, graph, cost, result.channel)
     smaller = apply_plan(copy.deepcopy(model), graph.plan(allocation.kept))
     reestimate_batchnorm(smaller, ctx.task, BATCHNORM_BATCHES, ctx.recipe.seed)
     _train(ctx, smaller)
