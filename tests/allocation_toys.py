@@ -84,16 +84,11 @@ class Stairs:
     def __init__(self, graph: GroupGraph, microseconds: Sequence[float]) -> None:
         self.ids = [group.id for group in graph.groups]
         self.microseconds = microseconds
-        self.asked = 0
 
     def latency_ms(self, widths: Mapping[str, int]) -> float:
-        self.asked += 1
         tiles = [1, *(math.ceil(widths[group] / 16) for group in self.ids), 1]
         layers = zip(self.microseconds, itertools.pairwise(tiles), strict=True)
         return 0.05 + sum(each * a * b for each, (a, b) in layers) / 1000
-
-    def curve(self, group_id: str, widths: Mapping[str, int], options: Sequence[int]) -> npt.NDArray[np.float64]:
-        return np.array([self.latency_ms({**widths, group_id: option}) for option in options])
 
 
 def two_width_problem(seed: int, groups: int, options: int, kind: str) -> Problem:

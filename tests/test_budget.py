@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusepress.pipeline.errors import StageError
-from fusepress.pipeline.graph.cost import CostTable
+from fusepress.pipeline.graph.cost import CostTable, Ints
 from fusepress.pipeline.pruning.budget import (
     Layout,
     Opaque,
@@ -140,7 +140,7 @@ def test_pairs_tell_the_tables_cost_exactly(seed: int, unit: str, branch: str | 
     check_moves(meter, levels[0], [len(x) for x in ladders])
 
 
-def check_moves(meter: Pairwise, level: np.ndarray, sizes: list[int]) -> None:  # type: ignore[type-arg]
+def check_moves(meter: Pairwise, level: Ints, sizes: list[int]) -> None:
     """Changes and crosses say what the totals of the moved rows say."""
     layout = Layout(sizes)
     every = np.arange(layout.group.size)

@@ -95,7 +95,7 @@ def allocate(
     """
     orders = {group.id: _order(group, scores) for group in graph.groups}
     notes: list[str] = []
-    dead = {block.id: tuple(block.dead) for block in getattr(graph, "blocks", ())}
+    dead = {block.id: block.dead for block in graph.blocks}
     allowed: Collection[str] = dead if removable is None else removable
     if config.allocation == "global":
         allowed = ()

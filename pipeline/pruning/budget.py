@@ -23,14 +23,14 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-UNITS = 4000  # of the knapsack inside the iteration; what rounding up to units leaves is spent by the local search
+UNITS = 4000  # of the knapsack inside the iteration; what rounding leaves or lacks is mended by the local search
 RADII = (64, 64, 64, 8, 4, 2, 1)  # levels that a group may move in one iteration: narrower, so that it settles
 WINDOW = 600  # options whose pairs the local search looks at together; wider problems look at nearer options
 SAMPLED = 64  # random widths at which the pairs must tell the table's cost, twice
 DENSE = 2000  # options up to which their pairwise costs are kept as one full matrix (32 MB)
 KICKS = 24  # random restarts of the local search from the best point
 KICKED = 4  # groups that a restart moves at most
-VERIFIED = 32  # exchanges whose cost is only estimated are checked in batches of so many
+VERIFIED = 16  # exchanges whose cost is only estimated are checked in batches of so many
 TINY = 1e-12  # relative to the sum of the value ranges: less is no improvement
 
 
@@ -138,9 +138,9 @@ class Opaque:
 
     Attributes:
         count: cost of each row of levels, (B, G) -> (B,).
-        alone: cost of the model when each group alone takes each of its options, (G,) -> (S,); by default every row
-            is asked for.
-        guide: what is known of pairs, to choose exchanges by; their cost is asked for before they are made.
+        guide: what is known of single groups and pairs, to choose exchanges by; costs are asked for before a move is
+            made.
+        trusted: single moves are chosen by the guide too, where asking for all of them is dear.
     """
 
     exact = False
@@ -149,12 +149,13 @@ class Opaque:
         self,
         count: Callable[[Ints], Ints],
         sizes: Sequence[int],
-        alone: Callable[[Ints], Ints] | None = None,
         guide: Pairwise | None = None,
+        *,
+        trusted: bool = False,
     ) -> None:
         self.count = count
-        self.alone = alone or self._alone
         self.guide = guide
+        self.trusted = trusted
         self._layout = Layout(sizes)
 
     def total(self, levels: Ints) -> Ints:
@@ -163,17 +164,16 @@ class Opaque:
 
     def changes(self, level: Ints) -> Ints:
         """Change of the cost when one group alone takes another option: (G,) -> (S,)."""
-        changes: Ints = self.alone(level) - self.count(level[None])[0]
+        if self.guide is not None and self.trusted:
+            return self.guide.changes(level)
+        rows = np.repeat(level[None], self._layout.group.size, axis=0)
+        rows[np.arange(rows.shape[0]), self._layout.group] = self._layout.option
+        changes: Ints = self.count(rows) - self.count(level[None])[0]
         return changes
 
     def cross(self, level: Ints, rows_R: Ints, columns_C: Ints) -> Ints | None:
         """What two such moves of different groups cost beyond their sum by the guide, (R, C); None without one."""
         return None if self.guide is None else self.guide.cross(level, rows_R, columns_C)
-
-    def _alone(self, level: Ints) -> Ints:
-        rows = np.repeat(level[None], self._layout.group.size, axis=0)
-        rows[np.arange(rows.shape[0]), self._layout.group] = self._layout.option
-        return self.count(rows)
 
 
 def table_meter(table: CostTable, unit: Unit, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
@@ -181,59 +181,76 @@ def table_meter(table: CostTable, unit: Unit, ladders: Sequence[Sequence[int]], 
 
     Where every tensor has at most two dimensions that groups run through, its size is a sum of products of two widths
     (a concatenated input is a sum, so each producer and the output are a pair of their own), and the cost is exactly
-    `Pairwise`. The terms are read off the table itself: each group moved alone from the dense model, and each pair
-    that meets in a tensor. Pruning three dimensions of a tensor, or removing one of the several groups inside a
-    block, ties more than two groups: then the table itself is asked (`Opaque`), and the pairs only guide.
+    `Pairwise`. Pruning three dimensions of a tensor, or removing one of the several groups inside a block, ties more
+    than two groups: then the table itself is asked (`Opaque`), and the pairs only guide.
     """
     sizes = [len(ladder) for ladder in ladders]
-    layout = Layout(sizes)
     exact = _counted(table, unit, ladders, branch)
-    dense = np.zeros(len(ladders), dtype=np.int64)
-    nothing = int(exact(dense[None])[0])
-    alone = np.repeat(dense[None], layout.group.size, axis=0)
-    alone[np.arange(layout.group.size), layout.group] = layout.option
-    own = np.split(exact(alone) - nothing, layout.first[1:])
-    joint = {
-        (a, b): _pair(exact, (a, b), ladders, own[a], own[b], nothing)
-        for a, b in zip(*np.nonzero(np.triu(_meetings(table), 1)), strict=True)
-    }
-    met = {(int(a), int(b)): pair for (a, b), pair in joint.items() if pair.any()}
-    meter = Pairwise(constant=nothing, own=own, joint=met)
+    meter = pairs_of(exact, ladders, _meetings(table), products=True)
     draw = np.random.default_rng(0)
     last = np.array(sizes) - 1
     sample = draw.integers(0, last + 1, size=(SAMPLED, len(sizes)))
     sample = np.concatenate([np.where(draw.random(sample.shape) < 0.5, last, sample), sample, last[None]])
     if (meter.total(sample) == exact(sample)).all():
         return meter
-    return Opaque(exact, sizes, guide=meter)
+    return Opaque(exact, sizes, meter)
+
+
+def pairs_of(
+    count: Callable[[Ints], Ints], ladders: Sequence[Sequence[int]], meetings: Bools, *, products: bool
+) -> Pairwise:
+    """The terms of one and of two groups in a cost, read off by moving groups from the dense model.
+
+    Args:
+        count: cost of each row of levels, (B, G) -> (B,).
+        ladders: widths of each group's options, dense first.
+        meetings: which groups may have a term together, (G, G).
+        products: such terms are proportional to both changes of width, so that one question tells them all (but for
+            width 0). Otherwise every pair of options is asked for, and only two removed groups are taken to cost what
+            they do each alone.
+    """
+    layout = Layout([len(ladder) for ladder in ladders])
+    dense = int(count(np.zeros((1, len(ladders)), dtype=np.int64))[0])
+    alone = np.zeros((layout.group.size, len(ladders)), dtype=np.int64)
+    alone[np.arange(layout.group.size), layout.group] = layout.option
+    own = np.split(count(alone) - dense, layout.first[1:])
+    joint: dict[tuple[int, int], Ints] = {}
+    for a, b in zip(*(side.tolist() for side in np.nonzero(np.triu(meetings, 1))), strict=True):
+        pair = _pair(count, (a, b), ladders, own[a], own[b], dense, products=products)
+        if pair.any():
+            joint[a, b] = pair
+    return Pairwise(constant=dense, own=own, joint=joint)
 
 
 def _meetings(table: CostTable) -> Bools:
     """Groups whose widths multiply in some tensor, or one of which removes what the other runs through, (G, G)."""
     touched: Bools = (table.coef != 0).any(axis=1)
-    gone, dead = getattr(table, "gone", None), getattr(table, "dead", None)
-    if gone is not None and dead is not None:
-        touched = touched | gone | (touched @ dead.T)
+    if table.gone is not None and table.dead is not None:
+        touched = touched | table.gone | (touched @ table.dead.T)
     meetings: Bools = (touched.T.astype(np.int64) @ touched.astype(np.int64)) > 0
     return meetings
 
 
-def _pair(exact: Callable[[Ints], Ints], pair: tuple[int, int], ladders: Sequence[Sequence[int]], *alone: Any) -> Ints:
-    """What two groups' options cost beyond the sum of each alone, from the dense model, (K_a, K_b).
-
-    Between widths above zero that is one factor times both changes of width; a removed group is asked for.
-    """
+def _pair(
+    count: Callable[[Ints], Ints],
+    pair: tuple[int, int],
+    ladders: Sequence[Sequence[int]],
+    *alone: Any,
+    products: bool,
+) -> Ints:
+    """What two groups' options cost beyond the sum of each alone, from the dense model, (K_a, K_b)."""
     (a, b), (own_a, own_b, dense) = pair, alone
     width_a, width_b = np.asarray(ladders[a]), np.asarray(ladders[b])
-    asked = (width_a == 0)[:, None] | (width_b == 0)[None]
-    asked[1:2, 1:2] = True  # for the factor
+    none_a, none_b = (width_a == 0)[:, None], (width_b == 0)[None]
+    asked = none_a | none_b if products else ~(none_a & none_b)
+    asked[1:2, 1:2] |= products  # for the factor
     asked[0] = asked[:, 0] = False  # one of them is dense: nothing beyond the sum
     i, j = np.nonzero(asked)
     rows = np.zeros((i.size, len(ladders)), dtype=np.int64)
     rows[:, a], rows[:, b] = i, j
-    beyond = exact(rows) - own_a[i] - own_b[j] - dense
+    beyond = count(rows) - own_a[i] - own_b[j] - dense
     joint = np.zeros(asked.shape, dtype=np.int64)
-    if asked[1:2, 1:2].any() and width_a[1] and width_b[1]:
+    if products and asked[1:2, 1:2].any() and width_a[1] and width_b[1]:
         change = np.multiply.outer(width_a - width_a[0], width_b - width_b[0])
         at = int(np.flatnonzero((i == 1) & (j == 1))[0])
         joint = change * (int(beyond[at]) // int(change[1, 1]))
@@ -335,14 +352,28 @@ def minimise(problem: Problem, *, kicks: int | None = None, seed: int = 0) -> Ou
         StageError: no options were found within the budgets.
     """
     search = _Search(problem)
-    for start in (np.zeros(problem.layout.first.size, dtype=np.int64), least(problem.meters[0], problem.layout)):
-        search.settle(start, RADII)
+    if kicks is None:
+        kicks = min(KICKS, 2 * problem.layout.first.size)
+    guided = _guided(problem)
+    if guided is not None:
+        # What the pairs say is nearly right, and quick: search by them, and ask for the costs of what that finds.
+        guess = _Search(guided)
+        guess.search(kicks, seed)
+        if guess.best is not None:
+            search.offer(guess.best)
+        kicks = 0
+    search.search(kicks, seed)
     if search.best is None:
         raise StageError("expected options within every budget; got none; raise the budgets")
-    draw = np.random.default_rng(seed)
-    for _ in range(min(KICKS, 2 * problem.layout.first.size) if kicks is None else kicks):
-        search.settle(_kicked(search.best, problem.layout.sizes, draw), RADII[-1:])
     return Outcome(level=tuple(search.best.tolist()), value=problem.value(search.best), iterations=search.iterations)
+
+
+def _guided(problem: Problem) -> Problem | None:
+    """The problem by what guides its trusted meters; None where none is."""
+    guides = [m.guide if isinstance(m, Opaque) and m.trusted and m.guide else m for m in problem.meters]
+    if all(guide is meter for guide, meter in zip(guides, problem.meters, strict=True)):
+        return None
+    return Problem(problem.values, guides, problem.capacities, charge=problem.charge)
 
 
 def _kicked(level: Ints, sizes: Sequence[int], draw: np.random.Generator) -> Ints:
@@ -362,6 +393,16 @@ class _Search:
         self.goal = np.inf
         self.iterations = 0
         self.seen: set[bytes] = set()
+
+    def search(self, kicks: int, seed: int) -> None:
+        """From both ends of the ladders, then restarts from the best point."""
+        layout = self.problem.layout
+        for start in (np.zeros(layout.first.size, dtype=np.int64), least(self.problem.meters[0], layout)):
+            self.settle(start, RADII)
+        draw = np.random.default_rng(seed)
+        for _ in range(kicks if self.best is not None else 0):
+            assert self.best is not None
+            self.settle(_kicked(self.best, layout.sizes, draw), RADII[-1:])
 
     def settle(self, level: Ints, radii: Sequence[int]) -> None:
         """Iterate knapsacks at the costs of the present widths; improve and keep every point on the way."""
@@ -433,7 +474,8 @@ def linearised(
     if room < 0:
         return None
     unit = max(1.0, room / UNITS)
-    costs = [np.ceil((cost_S[n] - low) / unit).astype(np.int64) for n, low in zip(near, least_G, strict=True)]
+    # Rounded to the nearest unit: that errs both ways and hardly adds up, and the budget is checked by true costs.
+    costs = [np.rint((cost_S[n] - low) / unit).astype(np.int64) for n, low in zip(near, least_G, strict=True)]
     chosen = solve([value_S[n] for n in near], costs, int(room / unit))
     return np.array([n.start + k for n, k in zip(near, chosen, strict=True)], dtype=np.int64) - layout.first
 
@@ -471,9 +513,12 @@ def _best_move(problem: Problem, level: Ints) -> Ints | None:
     gain_N = problem.gains(level)[near_N] - problem.charge * changes[0]
     gains = gain_N < -problem.tolerance
     single = np.all([change <= room for change, room in zip(changes, rooms, strict=True)], axis=0) & gains
+    exact = all(meter.exact for meter in problem.meters)
     if single.any():
-        best = int(near_N[np.argmin(np.where(single, gain_N, np.inf))])
-        return _first_fitting(problem, level, [(best,)])
+        order = np.flatnonzero(single)[np.argsort(gain_N[single], kind="stable")][: 1 if exact else VERIFIED]
+        better = _first_fitting(problem, level, [(int(near_N[k]),) for k in order])
+        if better is not None:
+            return better
     # Of an exchange that gains, one side gains; the other may be any move of another group.
     up = np.flatnonzero(gains)
     group_N = problem.layout.group[near_N]
@@ -489,9 +534,8 @@ def _best_move(problem: Problem, level: Ints) -> Ints | None:
     rows, columns = np.nonzero(fits)
     if not rows.size:
         return None
-    exact = all(meter.exact for meter in problem.meters)
     sums = both[rows, columns]
-    order = [int(np.argmin(sums))] if exact else np.argsort(sums, kind="stable")[: 8 * VERIFIED].tolist()
+    order = np.array([np.argmin(sums)]) if exact else np.argsort(sums, kind="stable")[: 4 * VERIFIED]
     return _first_fitting(problem, level, [(int(near_N[up[rows[k]]]), int(near_N[columns[k]])) for k in order])
 
 
@@ -598,6 +642,7 @@ __all__ = [
     "least",
     "linearised",
     "minimise",
+    "pairs_of",
     "repair",
     "spend_all",
     "table_meter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusepress.pipeline.errors import RecipeError, StageError
 from fusepress.pipeline.graph.cost import CostTable, Ints, Unit
-from fusepress.pipeline.pruning.budget import Layout, Meter, Opaque, least, table_meter, widths_at
+from fusepress.pipeline.pruning.budget import Layout, Meter, Opaque, least, pairs_of, table_meter, widths_at
 from fusepress.pipeline.recipe import PruneConfig
 
 NANOSECONDS = 1e6  # in a millisecond: latency is counted in whole ones
@@ -22,10 +22,7 @@ class LatencyLike(Protocol):
     """Predicted latency of the model as a function of the groups' widths."""
 
     def latency_ms(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds at these widths."""
-
-    def curve(self, group_id: str, widths: Mapping[str, int], options: Sequence[int]) -> npt.NDArray[np.float64]:
-        """Milliseconds of the whole model when this group alone takes each of the options, (K,)."""
+        """Milliseconds at these widths. `latencies_ms` ((B, G) -> (B,)) is asked instead where there is one."""
 
 
 class Spend(Protocol):
@@ -80,41 +77,63 @@ class LatencySpend:
         """Latency at these widths: (G,) -> (), or (B, G) -> (B,)."""
         assert branch is None
         rows = np.ascontiguousarray(widths, dtype=np.int64).reshape(-1, len(self.ids))
-        counted = np.array([self._one(row) for row in rows], dtype=np.int64)
+        keys = [row.tobytes() for row in rows]
+        new = {key: at for at, key in enumerate(keys) if key not in self._known}
+        if new:
+            self._known.update(zip(new, self._counted(self._ms(rows[list(new.values())])).tolist(), strict=True))
+        counted = np.array([self._known[key] for key in keys], dtype=np.int64)
         return counted.reshape(np.shape(widths)[:-1])
 
     def meter(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> Meter:
-        """The same cost as a function of levels of the ladders."""
+        """The same cost as a function of levels of the ladders.
+
+        A kernel's latency depends on the few groups that it reads and makes. All single groups and all pairs that
+        meet are asked for once, and guide the search; what they leave out (kernels on three groups, two blocks
+        removed at once, rounding) it finds when it asks for the latency of what it chose.
+        """
         assert branch is None
-
-        def alone(level: Ints) -> Ints:
-            widths = self._named(widths_at(ladders, level))
-            curves = [self.latency.curve(group, widths, x) for group, x in zip(self.ids, ladders, strict=True)]
-            return self._counted(np.concatenate(curves))
-
-        return Opaque(lambda levels: self.total(widths_at(ladders, levels)), [len(x) for x in ladders], alone)
+        return self._meter(ladders)
 
     def lowest(self, ladders: Sequence[Sequence[int]], branch: str | None = None) -> int:
         """The least that the ladders allow, as far as single moves find it: latency goes in stairs."""
-        meter = self.meter(ladders, branch)
-        return int(meter.total(least(meter, Layout([len(x) for x in ladders]))[None])[0])
+        meter = self._meter(ladders)
+        layout = Layout([len(x) for x in ladders])
+        rows = np.stack([least(meter, layout), np.array(layout.sizes) - 1])
+        return int(meter.total(rows).min())
 
-    def _named(self, widths: Ints) -> dict[str, int]:
-        return dict(zip(self.ids, widths.tolist(), strict=True))
+    def _meter(self, ladders: Sequence[Sequence[int]]) -> Opaque:
+        def count(levels: Ints) -> Ints:
+            return self.total(widths_at(ladders, levels))
 
-    def _one(self, widths: Ints) -> int:
-        key = widths.tobytes()
-        if key not in self._known:
-            self._known[key] = int(self._counted(np.array(self.latency.latency_ms(self._named(widths)))))
-        return self._known[key]
+        guide = pairs_of(count, ladders, _meetings(count, ladders), products=False)
+        return Opaque(count, [len(x) for x in ladders], guide, trusted=True)
+
+    def _ms(self, rows: Ints) -> npt.NDArray[np.float64]:
+        many = getattr(self.latency, "latencies_ms", None)
+        if many is not None:
+            return np.asarray(many(rows), dtype=np.float64)
+        named = (dict(zip(self.ids, row, strict=True)) for row in rows.tolist())
+        return np.array([self.latency.latency_ms(widths) for widths in named], dtype=np.float64)
 
     def _counted(self, ms: npt.NDArray[np.float64]) -> Ints:
-        ms = np.asarray(ms, dtype=np.float64)
         if not (np.isfinite(ms) & (ms >= 0)).all():
             raise StageError("expected finite predicted latencies; got NaN or infinity; predict the target again")
         above = math.ceil(self.budget_ms * NANOSECONDS) + 1
         counted: Ints = np.ceil(ms * NANOSECONDS).astype(np.int64)
         return np.where(ms > self.budget_ms, np.maximum(counted, above), counted)
+
+
+def _meetings(count: Callable[[Ints], Ints], ladders: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+    """Groups that cost something else together than each alone, at their narrowest widths above zero, (G, G)."""
+    groups = len(ladders)
+    narrow = np.diag([max(k for k, width in enumerate(ladder) if width) for ladder in ladders]).astype(np.int64)
+    first, second = np.triu_indices(groups, 1)
+    alone, dense = count(narrow), count(np.zeros((1, groups), dtype=np.int64))[0]
+    together = count(narrow[first] + narrow[second])
+    meetings = np.zeros((groups, groups), dtype=bool)
+    # Rounding each of the four to whole nanoseconds may leave up to two.
+    meetings[first, second] = np.abs(together - alone[first] - alone[second] + dense) > 2
+    return meetings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
