@@ -54,12 +54,12 @@ def _details(record: RunRecord, stage: str) -> dict[str, Any]:
 
 
 def test_auto_keeps_the_criterion_that_did_best_on_the_calib_split(project: Path) -> None:
-    overrides = ["score.method=auto", "score.candidates=[random, magnitude, taylor]", "score.probe_steps=3"]
+    overrides = ["score.method=auto", "score.candidates=[random, magnitude]", "score.probe_steps=2"]
     record = _prune(project, "auto", *overrides)
     facts = _details(record, "score")["choice"]
     trials = facts["tried"]
-    assert list(trials) == ["random", "magnitude", "taylor"]
-    assert len(set(trials.values())) == 3
+    assert list(trials) == ["random", "magnitude"]
+    assert len(set(trials.values())) == 2
     assert facts["chosen"] == max(trials, key=lambda name: trials[name])
     assert facts["split"] == "calib"
     same = _prune(project, "same", f"score.method={facts['chosen']}")
