@@ -272,14 +272,15 @@ def draw_mechanism(facts: Sequence[Row], path: Path) -> None:
     """Mean rank correlation of every two quantities, over stages and worlds."""
     tables = [stage["some_channels"] for row in facts for stage in row["mechanism"].values()]
     mean = np.mean([[[t[a][b] for b in SHOWN] for a in SHOWN] for t in tables], axis=0)
-    figure = _figure(6.4, 5.6)
+    figure = _figure(7.4, 6.0)
     axis = figure.subplots()
     image = axis.imshow(mean, cmap="RdBu_r", vmin=-1, vmax=1)
     for i, j in itertools.product(range(len(SHOWN)), repeat=2):
         axis.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=6,
                   color="white" if abs(mean[i, j]) > 0.6 else "black")  # fmt: skip
-    axis.set_xticks(range(len(SHOWN)), SHOWN, rotation=60, ha="right")
-    axis.set_yticks(range(len(SHOWN)), SHOWN)
+    names = [name.replace("_", " ") for name in SHOWN]
+    axis.set_xticks(range(len(SHOWN)), names, rotation=60, ha="right")
+    axis.set_yticks(range(len(SHOWN)), names)
     figure.colorbar(image, ax=axis, label="Spearman, mean over groups, stages and worlds", fraction=0.046)
     _save(figure, path)
 

@@ -32,6 +32,7 @@ FIRST = [World(redundancy=r, seed=0) for r in (1.0, 0.0)]
 BETWEEN = [World(redundancy=r, seed=0) for r in (0.5, 0.25, 0.75)]
 SECOND = [World(redundancy=r, seed=1) for r in (1.0, 0.0, 0.5)]
 NEVER_DEAD = [World(redundancy=r, seed=2, dead=0.0) for r in (1.0, 0.0)]
+TWINS = [World(redundancy=1.0, seed=seed, dead=0.0, twins=True) for seed in (0, 1)]
 KITTI = [World(redundancy=None, seed=0)]
 
 
@@ -123,10 +124,12 @@ PARTS: dict[str, list[Job]] = {
     "main": list(runs_of(FIRST, MAIN)),
     "mechanism-redundant": list(mechanism_of(FIRST[:1])),
     "second-redundant": list(runs_of(SECOND[:1], CONTROLLED)),
+    "twins": list(runs_of(TWINS[:1], CONTROLLED)),
     "kitti": list(runs_of(KITTI, CORE)),
     "variants-redundant": list(runs_of(FIRST[:1], VARIANTS)),
     "second-complementary": list(runs_of(SECOND[1:2], CONTROLLED)),
     "mechanism-complementary": list(mechanism_of(FIRST[1:])),
+    "second-twins": list(runs_of(TWINS[1:], CORE)),
     "between": list(runs_of(BETWEEN, CORE)),
     "second-between": list(runs_of(SECOND[2:], CORE)),
     "variants-complementary": list(runs_of(FIRST[1:], VARIANTS)),

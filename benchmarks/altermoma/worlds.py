@@ -6,7 +6,7 @@ import importlib
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,40 @@ class World:
         redundancy: the street world's knob; None names the KITTI depth task.
         seed: of the network's first weights and of its training stream.
         dead: share of training frames in which the camera is dead (and as many without LiDAR).
+        twins: two LiDAR branches see the very same points, and nothing sees the image: full redundancy.
     """
 
     redundancy: float | None
     seed: int
     dead: float = 0.12
+    twins: bool = False
 
     @property
     def name(self) -> str:
         """For files and tables."""
         if self.redundancy is None:
             return f"kitti-s{self.seed}"
+        if self.twins:
+            return f"twins-s{self.seed}"
         return f"street-r{self.redundancy:g}-s{self.seed}" + ("" if self.dead == 0.12 else f"-d{self.dead:g}")
+
+
+class Twins(nn.Module):
+    """Two branches of one kind, with the same input and weights of their own, fused like camera and LiDAR."""
+
+    def __init__(self, width: float, features: int) -> None:
+        super().__init__()
+        model = importlib.import_module("street_model")
+        out, fused = model.scaled(32, width), model.scaled(64, width)
+        self.first = model.LidarBackbone(out, width=width, features=features)
+        self.second = model.LidarBackbone(out, width=width, features=features)
+        self.fuser = model.conv_bn_relu(2 * out, fused)
+        self.head = model.Head(fused, model.scaled(48, width))
+
+    def forward(self, image: Tensor, points: Tensor, cells: Tensor) -> Tensor:
+        """Logits; the image is not looked at."""
+        logits: Tensor = self.head(self.fuser(torch.cat([self.first(points, cells), self.second(points, cells)], 1)))
+        return logits
 
 
 class Alone(nn.Module):
@@ -89,7 +111,11 @@ def load_world(world: World, data: Path | None = None) -> LoadedTask:
 
     task.user.make = make
     task.user.forget = kept.clear
-    return task
+    if not world.twins:
+        return task
+    features = importlib.import_module("street_world").POINT_FEATURES + importlib.import_module("street_world").COLOURS
+    task.user.build_model = lambda: Twins(task.user.width, features)
+    return replace(task, branches={"first": ["first"], "second": ["second"]})
 
 
 def train_config(steps: int, lr: float) -> FinetuneConfig:
@@ -133,7 +159,7 @@ def dense_network(world: World, task: LoadedTask) -> tuple[nn.Module, dict[str, 
         task.user.train_dense(weights, lambda _fraction, _text: None)
         model.load_state_dict(load_file(weights))
     else:
-        for number, modality in enumerate(("camera", "lidar")):
+        for number, modality in enumerate(task.branches):
             alone = Alone(model, modality).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             train(alone, task, ALONE_STEPS, DENSE_LR, 1000 * (world.seed + 1) + number)
             record[f"{modality}_alone"] = judge(alone, task)
@@ -142,7 +168,7 @@ def dense_network(world: World, task: LoadedTask) -> tuple[nn.Module, dict[str, 
         task.user.forget()
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
     record["metrics"] = judge(model, task)
-    for modality in task.branches:
+    for modality in () if world.twins else task.branches:
         record[f"{modality}_blank"] = judge(model, task, modality)
     record["seconds"] = round(time.monotonic() - began, 1)
     facts.write_text(json.dumps(record))
