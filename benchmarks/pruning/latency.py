@@ -1,6 +1,7 @@
 """Latency of the networks in the store: predicted on the target, and measured on this host's ONNX Runtime.
 
-Latency depends on widths alone, so each set of widths is exported once: the dense network cut to its first channels.
+Latency depends on widths alone. The prediction follows from them (a few networks are exported to learn how); for a
+measurement the dense network is cut to its first channels and exported, once for each row and budget (its first seed).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from fusepress.pipeline.store import atomic_write_text
 
 if TYPE_CHECKING:
     from benchmarks.pruning.bench import Bench
-    from fusepress.targets.profile import Profile
 
 HOST_SECONDS = 4.0
 PRECISION = "fp16"  # of the prediction; the host runs float32
@@ -48,24 +48,39 @@ class _Exporter:
     def __init__(self, store: Path, task: str) -> None:
         from benchmarks.pruning.bench import Bench
         from benchmarks.pruning.cells import Protocol, Results
+        from fusepress.pipeline.pruning.latency import LatencyCost
         from fusepress.targets.profile import load_profile
 
         self.store = store
         self.bench: Bench = Bench(task, Protocol(), Results(store), cache=None)
-        self.profile: Profile = load_profile(self.bench.recipe.target)
+        bench = self.bench
+        self.cost = LatencyCost(
+            bench.dense, bench.graph, bench.inputs, load_profile(bench.recipe.target), precision=PRECISION
+        )
 
     def fill(self, rows: Sequence[Mapping[str, Any]], *, measure: bool) -> None:
         groups = set(self.bench.graph.widths)
-        for row in rows:
-            found = known(self.store, row) or {}
-            if set(row["widths"]) != groups or ("predicted_ms" in found and (not measure or "host_ms" in found)):
-                continue
+        firsts: dict[tuple[str, float], Mapping[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: int(row["cell"]["seed"])):
+            if set(row["widths"]) == groups and row["cell"]["kind"] == "structured":
+                firsts.setdefault((row["cell"]["method"], row["cell"]["budget"]), row)
+                self._predict(row)
+        for row in firsts.values() if measure else ():
+            self._measure(row)
+
+    def _predict(self, row: Mapping[str, Any]) -> None:
+        found = known(self.store, row) or {}
+        if "predicted_ms" not in found:
+            found["predicted_ms"] = self.cost.latency_ms(row["widths"])
+            atomic_write_text(_path(self.store, row), json.dumps(found) + "\n")
+
+    def _measure(self, row: Mapping[str, Any]) -> None:
+        found = known(self.store, row) or {}
+        if "host_ms" not in found:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "network.onnx"
                 path.write_bytes(self._onnx(row["widths"]))
-                found |= self._predicted(path)
-                if measure:
-                    found |= self._measured(path)
+                found |= self._measured(path)
             atomic_write_text(_path(self.store, row), json.dumps(found) + "\n")
 
     def _onnx(self, widths: Mapping[str, int]) -> bytes:
@@ -79,12 +94,6 @@ class _Exporter:
         kept = {group.id: _first(group.width, group.multiple, widths[group.id]) for group in bench.graph.groups}
         model = apply_plan(copy.deepcopy(bench.dense), bench.graph.plan(kept))
         return probe_onnx(model, bench.inputs, list(torch_predict(bench.task, model)(dict(bench.inputs))))
-
-    def _predicted(self, path: Path) -> dict[str, float]:
-        from fusepress.targets.predict import predict_latency
-
-        found = predict_latency(path, self.profile, PRECISION)
-        return {"predicted_ms": found.latency_ms, "predicted_low_ms": found.low_ms, "predicted_high_ms": found.high_ms}
 
     def _measured(self, path: Path) -> dict[str, float]:
         from fusepress.export.runtime import OnnxSession

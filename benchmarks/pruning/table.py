@@ -148,11 +148,7 @@ def _latencies(store: Path, rows: Iterable[Row]) -> dict[str, float]:
 
     found = [entry for row in rows if (entry := known(store, row)) is not None]
     names = {name for entry in found for name in entry}
-    return {
-        name: statistics.mean(entry[name] for entry in found)
-        for name in sorted(names)
-        if all(name in entry for entry in found)
-    }
+    return {name: statistics.mean(entry[name] for entry in found if name in entry) for name in sorted(names)}
 
 
 def markdown(title: str, rows: Sequence[Row], reference: str, kind: str) -> list[str]:
