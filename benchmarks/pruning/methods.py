@@ -15,6 +15,7 @@ DISTORTION: Mapping[str, Any] = {
     "allocation": "distortion",
     "distortion": {"mode": "exact", "samples": 64, "worst_case": False, "eta": "auto", "reading": "B", "draws": 4},
 }
+RD_PRUNE: Mapping[str, Any] = {**DISTORTION, "distortion": {**DISTORTION["distortion"], "eta": 0.0}}
 MOMA: Mapping[str, Any] = {
     "method": "altermoma",
     "alpha": 1.0,
@@ -86,8 +87,10 @@ ALL: tuple[MethodSpec, ...] = (
     _ours("altermoma_literal", "AlterMOMA, literal", _LITERAL, {"allocation": "global", "rank": "score"}),
     _ours("altermoma", "AlterMOMA, gate per MAC", MOMA, GLOBAL),
     _ours("altermoma_b0", "AlterMOMA without its second term (beta 0)", _NO_BETA, GLOBAL, suite="variants"),
-    _ours("mmprune4u", "MMPrune4U (magnitude channels)", "magnitude", DISTORTION),
-    _ours("mmprune4u_taylor", "MMPrune4U with Taylor channels", "taylor", DISTORTION, suite="variants"),
+    _ours("mmprune4u", "MMPrune4U (magnitude channels)", "magnitude", DISTORTION, version=2),
+    _ours("rd_prune", "RD-Prune (MMPrune4U, eta 0)", "magnitude", RD_PRUNE, suite="variants"),
+    _ours("mmprune4u_taylor", "MMPrune4U with Taylor channels", "taylor", DISTORTION, suite="variants", version=2),
+    _ours("rd_prune_taylor", "RD-Prune with Taylor channels", "taylor", RD_PRUNE, suite="variants"),
     _ours("importance_altermoma", "importance under budget, AlterMOMA", MOMA, IMPORTANCE, suite="variants"),
     _ours(
         "importance_altermoma_b0", "importance under budget, AlterMOMA beta 0", _NO_BETA, IMPORTANCE, suite="variants"
