@@ -687,3 +687,15 @@ def test_the_approximate_mode_measures_all_widths_on_the_chosen_samples() -> Non
         ratio = table.curves[group.id].distortion[1:] / full.curves[group.id].distortion[1:]
         assert (abs(np.log(ratio)) < np.log(1.6)).all(), (group.id, ratio)
         assert table.curves[group.id].fisher.shape == (group.width + 1, 2)
+
+
+def test_without_gradients_the_measured_samples_are_evenly_spaced() -> None:
+    torch.manual_seed(4)
+    model = Branching("numpy")
+    task = loaded(linear_data(sizes=(8, 8)), {"only": ["hidden"]})
+    graph = graph_of(model, [linear_group("hidden", 6, "out")])
+    config = DistortionConfig(samples=16, eta=0, mode="approximate")
+    table = distortion_table(model, task, graph, random_scores(graph), {"hidden.weight": (6, 2)}, config, seed=0)
+    assert table.samples == distortion.FEWEST
+    assert any("evenly spaced, not chosen by gradients, for no gradient goes" in note for note in table.notes)
+    assert table.curves["hidden.weight"].distortion[1] > 0

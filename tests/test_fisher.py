@@ -348,6 +348,14 @@ def test_code_that_looks_at_values_cannot_be_perturbed() -> None:
         distortion_table(model, task, graph, random_scores(graph), every_width(graph), ETA, seed=0)
 
 
+def test_a_network_that_gradients_cannot_pass_is_refused() -> None:
+    model, task = awkward()  # it writes over what a layer has read
+    graph = graph_of(model, AWKWARD_GROUPS)
+    ladders = {group.id: (group.width, 2) for group in graph.groups}
+    with pytest.raises(StageError, match=r"expected gradients of the outputs by the branches' outputs; got one of the"):
+        distortion_table(model, task, graph, random_scores(graph), ladders, ETA, seed=0)
+
+
 class Transposed(nn.Module):
     """A branch whose output has the samples last."""
 

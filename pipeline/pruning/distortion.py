@@ -391,7 +391,13 @@ class Bench:
             return []
         started = time.perf_counter()
         swaps = swapped_norms(tape, self.model, gate) if gate is not None else {}
-        found = self.fisher.estimate(tape, tail, contents, outputs, given, swaps, before=before)
+        try:
+            found = self.fisher.estimate(tape, tail, contents, outputs, given, swaps, before=before)
+        except RuntimeError as error:
+            raise StageError(
+                f"expected gradients of the outputs by the branches' outputs; got {str(error).splitlines()[0]} at "
+                f"{type(self.model).__name__}; set prune.distortion.eta: 0, or write that operation out of place"
+            ) from error
         self.seconds["fisher"] += time.perf_counter() - started
         return [float(value) for value in found]
 
@@ -463,8 +469,9 @@ class Bench:
                     moments.append(_moments(self._outputs_of(tape)))
                     scale = scale or _variances(moments)
                 gauss.add(tape, plan, places, scale, batch.size, before)
-        except (Diverged, Unrecordable, NotImplementedError) as error:
-            self.notes.append(f"the samples of the approximate mode are evenly spaced, for without gradients ({error})")
+        except (Diverged, Unrecordable, RuntimeError) as error:  # the last: an operation without a gradient
+            first = str(error).splitlines()[0]
+            self.notes.append(f"the measured samples are evenly spaced, not chosen by gradients, for {first}")
             return None
         self.variance = _variances(moments)
         return gauss if gauss.groups else None

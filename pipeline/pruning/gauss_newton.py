@@ -109,6 +109,8 @@ class Gauss:
         with torch.enable_grad():
             made = replay(tape, plan, given, swaps)
             scaled = _scaled_outputs(tape, made, variance, size)
+        if not scaled.requires_grad:
+            raise Diverged("no gradient goes from the outputs to the groups")
         order = list(gates)
         count = scaled.shape[1]
         exact = count <= self.probes
