@@ -108,7 +108,7 @@ def overlap(world: str) -> dict[str, dict[str, float]]:
     """
     first: dict[str, Any] = {}
     second: dict[str, dict[str, Any]] = {}
-    every = [load_scores(path) for path in sorted((runs.RUNS / "terms").glob(f"{world}-*"))]
+    every = [load_scores(path) for path in sorted((worlds.RUNS / "terms").glob(f"{world}-*"))]
     wanted = ("altermoma", "gate", "branch", 500)
     every = [s for s in every if tuple(s.log.get(k) for k in ("method", "aggregate", "normalise", "seed")) == wanted]
     # where a branch ends earlier than the task says, the fusion has more channels
