@@ -374,7 +374,8 @@ class Pruner:
         from fusepress.pipeline.pruning.distortion import distortion_table
 
         bench, seed = self.bench, self.cell.seed
-        key = digest([{name: value.tolist() for name, value in scores.items()}, seed, str(config.distortion)])
+        version = [SCORING_VERSION, self.cell.spec.version]
+        key = digest([{n: value.tolist() for n, value in scores.items()}, seed, str(config.distortion), version])
         if key not in bench.tables:
             align, notes = bench.protocol.align, list[str]()
             ladders = {group.id: ladder_widths(group, config, align, notes) for group in bench.graph.groups}

@@ -155,13 +155,14 @@ def markdown(title: str, rows: Sequence[Row], reference: str, kind: str) -> list
     """A table of one task, kind and budget."""
     kept = "MACs kept, %" if kind == "structured" else "weights kept, %"
     against = f"{BY_NAME[reference].label} minus this"
-    columns = ["Method", "Seeds", kept, "before training", "after", "sd", against]
+    columns = ["Method", "Seeds", kept, "predicted ms", "before training", "after", "sd", against]
     columns += ["paired t, 95 %", "seeds and streets, 95 %", "default"]
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         share = row["macs"] if kind == "structured" else row["weights"]
         lines.append(
-            f"| {row['label']} | {len(row['seeds'])} | {100 * share:.2f} | {row['before']:.4f} | {row['after']:.4f} | "
+            f"| {row['label']} | {len(row['seeds'])} | {100 * share:.2f} | "
+            f"{_number(row['latency'].get('predicted_ms'))} | {row['before']:.4f} | {row['after']:.4f} | "
             f"{_number(row['after_sd'])} | {_difference(row['reference_minus_this'])} |"
         )
     return [*lines, ""]
