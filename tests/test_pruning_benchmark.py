@@ -105,6 +105,14 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_next_one_runs(
     assert json.loads(failed.read_text()) == ["RuntimeError: no gradients today"] * 2
 
 
+def test_a_killed_attempt_is_forgiven_and_an_endless_one_is_not() -> None:
+    from benchmarks.pruning.run import KILLED, given_up
+
+    assert not given_up([KILLED] * 3 + ["RuntimeError: once"])
+    assert given_up([KILLED, "RuntimeError: once", "RuntimeError: twice"])
+    assert given_up([KILLED] * 6)
+
+
 def test_another_seed_or_setting_is_another_cell() -> None:
     from benchmarks.pruning.cells import Cell, Protocol, digest, identity
 

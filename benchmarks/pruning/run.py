@@ -28,7 +28,8 @@ from benchmarks.pruning.methods import ALL
 
 STORE = ROOT / "runs" / "pruning"
 CACHE = Path(tempfile.gettempdir()) / "fusepress-batches"
-MOST_ATTEMPTS = 2
+KILLED = "killed, or its process crashed"
+MOST_ATTEMPTS, MOST_KILLED = 2, 6  # of one cell: those that raised an error, and all (a kill is nobody's fault)
 # glibc gives large blocks back to the system and asks for them again in every step; these settings spare that
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
@@ -154,9 +155,9 @@ class Worker:
         if self.options.retry and key not in self.retried:
             self.retried.add(key)
             before = []
-        if len(before) >= MOST_ATTEMPTS:
+        if given_up(before):
             return
-        self.results.set_failures(cell, key, [*before, "killed, or its process crashed"])
+        self.results.set_failures(cell, key, [*before, KILLED])
         began = time.monotonic()
         try:
             result = bench.run(cell)
@@ -172,6 +173,11 @@ class Worker:
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
+
+
+def given_up(attempts: Sequence[str]) -> bool:
+    """Whether a cell has failed too often to be tried again."""
+    return sum(text != KILLED for text in attempts) >= MOST_ATTEMPTS or len(attempts) >= MOST_KILLED
 
 
 def show(options: argparse.Namespace) -> int:
@@ -193,7 +199,7 @@ def show(options: argparse.Namespace) -> int:
             spent.append(sum(json.loads(worker.results.path(cell, key).read_text())["seconds"].values()))
         elif reason := bench.missing(cell):
             unable[cell.name] = reason
-        elif len(tries := worker.results.failures(cell, key)) >= MOST_ATTEMPTS:
+        elif given_up(tries := worker.results.failures(cell, key)):
             failed[cell.name] = tries[-1]
         else:
             left.append(cell.name)
