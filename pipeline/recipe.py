@@ -102,7 +102,9 @@ class DistortionConfig(Section):
         worst_case: the maximum over samples instead of their mean (as RD-Prune's scripts do).
         eta: weight of the functional Fisher term; 0 is RD-Prune; auto makes the medians of both terms equal.
         reading: B: relative change of each modality's information; A: the paper's sum, taken literally.
-        draws: noise draws of the information's estimate.
+        fisher_samples: the information is estimated on the first so many samples,
+        fisher_every: and at every so-manieth width, linear in the width between them,
+        draws: with so many draws of the noise, a forward and a backward pass each.
     """
 
     mode: Literal["exact", "approximate"] = "exact"
@@ -110,7 +112,9 @@ class DistortionConfig(Section):
     worst_case: bool = False
     eta: NumberOrAuto = "auto"
     reading: Literal["A", "B"] = "B"
-    draws: int = Field(default=4, ge=1)
+    fisher_samples: int = Field(default=64, ge=1)
+    fisher_every: int = Field(default=3, ge=1)
+    draws: int = Field(default=1, ge=1)
 
 
 class PruneConfig(Section):

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from tests.test_distortion import (
     samples_of,
 )
 
-ETA = DistortionConfig(samples=7, eta=1.0, draws=2)
+ETA = DistortionConfig(samples=7, eta=1.0, draws=2, fisher_every=1)
 
 # ---------------------------------------------------------------------------------------------- log-Sobolev bound
 
@@ -289,10 +290,77 @@ def test_information_grows_with_the_weights_that_read_a_modality() -> None:
         task = loaded(linear_data(), {"camera": ["camera"], "lidar": ["lidar"]})
         task.user.distill_kinds = {"output": "classes"}
         graph = graph_of(model, [linear_group("camera", 4, "read_camera", branch="camera")])
-        config = DistortionConfig(samples=12, eta=1.0, draws=16)
+        config = DistortionConfig(samples=12, eta=1.0, draws=16, fisher_every=1)
         table = distortion_table(model, task, graph, random_scores(graph), {"camera.weight": (4, 2)}, config, seed=0)
         found.append(table.curves["camera.weight"].fisher[0, 0])
     assert found[0] < found[1] < found[2]
+
+
+def test_the_information_is_that_of_the_first_samples_and_the_damage_that_of_all() -> None:
+    """Also where the samples that count end inside a batch, as 5 of 3 + 4 do."""
+    toy = ConvToy()
+    graph = graph_of(toy.model, toy.groups)
+    scores, ladders = random_scores(graph), {g.id: (g.width, 3) for g in graph.groups}
+    inputs = samples_of(toy.task, 7)
+    found = {}
+    for sizes in ([7], [3, 4], [5, 2]):
+        parts = [
+            dict(zip(inputs, part, strict=True))
+            for part in zip(*(v.split(sizes) for v in inputs.values()), strict=True)
+        ]
+        data = [Batch(inputs=part, sample_ids=["s"] * size) for part, size in zip(parts, sizes, strict=True)]
+        task = loaded(data, toy.task.branches)
+        for count in (5, 7, 64):
+            config = ETA.model_copy(update={"fisher_samples": count})
+            found[len(sizes), sizes[0], count] = distortion_table(
+                toy.model, task, graph, scores, ladders, config, seed=0
+            )
+    for group in graph.groups:
+        of = {key: table.curves[group.id] for key, table in found.items()}
+        for key, curve in of.items():
+            np.testing.assert_allclose(curve.distortion, of[1, 7, 7].distortion, rtol=1e-9)
+            np.testing.assert_allclose(curve.fisher, of[1, 7, min(7, key[2])].fisher, rtol=1e-9)
+        assert (np.abs(of[1, 7, 5].fisher / of[1, 7, 7].fisher - 1) > 1e-3).all()
+
+
+def test_between_every_third_width_the_information_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = ConvToy()
+    graph = graph_of(toy.model, toy.groups)
+    scores, ladders = random_scores(graph), every_width(graph)
+    calls: list[int] = []
+    estimate = fisher.Fisher.estimate
+
+    def counted(self: fisher.Fisher, *arguments: Any, **named: Any) -> Any:
+        calls[-1] += 1
+        return estimate(self, *arguments, **named)
+
+    monkeypatch.setattr(fisher.Fisher, "estimate", counted)
+    tables = []
+    for every in (1, 3):
+        calls.append(0)
+        config = ETA.model_copy(update={"fisher_every": every})
+        tables.append(distortion_table(toy.model, toy.task, graph, scores, ladders, config, seed=0))
+    whole, third = tables
+    at = {name: {0, *distortion._informed(widths, 3)} for name, widths in ladders.items()}
+    options = sum(len(widths) - 1 for widths in ladders.values())
+    assert calls[1] * (1 + options) == calls[0] * (1 + sum(len(places) - 1 for places in at.values()))
+    for name, widths in ladders.items():
+        true, got = whole.curves[name].fisher, third.curves[name].fisher
+        places = sorted(at[name])
+        np.testing.assert_allclose(got[places], true[places], rtol=1e-9)
+        for k in set(range(len(widths))) - at[name]:
+            a, b = max(p for p in places if p < k), min(p for p in places if p > k)
+            share = (widths[a] - widths[k]) / (widths[a] - widths[b])
+            np.testing.assert_allclose(got[k], (1 - share) * true[a] + share * true[b], rtol=1e-9)
+        assert third.curves[name].distortion.tobytes() == whole.curves[name].distortion.tobytes()
+    assert any(len(places) < len(ladders[name]) for name, places in at.items())
+
+
+def test_both_sides_of_a_removed_block_are_measured() -> None:
+    assert distortion._informed((64, 56, 48, 40, 32, 24, 16, 8), 3) == [1, 4, 7]
+    assert distortion._informed((64, 56, 48, 40, 32, 0), 3) == [1, 4, 5]
+    assert distortion._informed((64, 0), 3) == [1]
+    assert distortion._informed((64,), 3) == []
 
 
 def test_with_eta_zero_nothing_is_perturbed_and_the_distortion_is_the_same_to_the_last_bit(

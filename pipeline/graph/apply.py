@@ -77,11 +77,12 @@ def gate_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     for name, missing in normed.items():
         module = gated.get_submodule(name)
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            module.forward = _masked_norm(module, sorted(missing))  # type: ignore[method-assign, assignment]
+            module.forward = masked_norm(module, sorted(missing))  # type: ignore[method-assign, assignment]
     return gated
 
 
-def _masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callable[[Tensor], Tensor]:
+def masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a norm over channels as if the channels `gone` were not there; they come out as zeros."""
     layer = isinstance(module, nn.LayerNorm)
 
     def forward(x: Tensor) -> Tensor:
@@ -303,4 +304,13 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what}: {', '.join(names[:LISTED])}{more}"
 
 
-__all__ = ["Member", "apply_plan", "architecture_sha256", "gate_model", "load", "load_checkpoint", "weights_bytes"]
+__all__ = [
+    "Member",
+    "apply_plan",
+    "architecture_sha256",
+    "gate_model",
+    "load",
+    "load_checkpoint",
+    "masked_norm",
+    "weights_bytes",
+]

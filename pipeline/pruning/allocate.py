@@ -93,7 +93,7 @@ def allocate(
         RecipeError: a budget is below what floors, alignment and kept modules allow; the least fraction is named.
         StageError: scores, curves or the latency are missing, of the wrong length or not finite.
     """
-    orders = {group.id: _order(group, scores) for group in graph.groups}
+    orders = {group.id: channel_order(group, scores) for group in graph.groups}
     notes: list[str] = []
     dead = {block.id: block.dead for block in graph.blocks}
     allowed: Collection[str] = dead if removable is None else removable
@@ -112,7 +112,7 @@ def allocate(
     achieved = float(spend.total(cost.vector(widths))) / max(1, whole.dense)
     return Allocation(
         widths=widths,
-        kept={group.id: _kept(group, orders[group.id], widths[group.id]) for group in graph.groups},
+        kept={group.id: kept_channels(group, orders[group.id], widths[group.id]) for group in graph.groups},
         achieved=achieved,
         budget=whole.fraction,
         gap=whole.fraction - achieved,
@@ -184,8 +184,12 @@ def _losses(
     return tuple(losses)
 
 
-def _order(group: Group, scores: Mapping[str, npt.NDArray[Any]]) -> list[list[int]]:
-    """Channels of each part of the group, best first."""
+def channel_order(group: Group, scores: Mapping[str, npt.NDArray[Any]]) -> list[list[int]]:
+    """Channels of each part of the group, best first; ties to the lower number.
+
+    Raises:
+        StageError: scores are missing, of the wrong length or not finite.
+    """
     given = scores.get(group.id)
     if given is None or given.shape != (group.width,):
         got = "none" if given is None else f"shape {given.shape}"
@@ -197,13 +201,14 @@ def _order(group: Group, scores: Mapping[str, npt.NDArray[Any]]) -> list[list[in
     return [sorted(channels, key=lambda c: (-float(given[c]), c)) for channels in parts]
 
 
-def _kept(group: Group, order: Sequence[Sequence[int]], width: int) -> list[int]:
+def kept_channels(group: Group, order: Sequence[Sequence[int]], width: int) -> list[int]:
+    """The channels that stay at a width, ascending; as many of each part."""
     return sorted(c for part in order for c in part[: width // group.multiple])
 
 
 def _ladder(group: Group, order: Sequence[Sequence[int]], scores: npt.NDArray[Any], widths: tuple[int, ...]) -> Ladder:
-    worth = [float(sum(float(scores[c]) for c in _kept(group, order, width))) for width in widths]
+    worth = [float(sum(float(scores[c]) for c in kept_channels(group, order, width))) for width in widths]
     return Ladder(widths=widths, worth=tuple(worth))
 
 
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "allocate", "channel_order", "kept_channels"]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.errors import StageError, TaskError
 from fusepress.pipeline.graph.plan import Group, GroupGraph
-from fusepress.pipeline.pruning.allocate import _kept, _order
+from fusepress.pipeline.pruning.allocate import channel_order, kept_channels
 from fusepress.pipeline.pruning.curves import Curve, DistortionTable, Floats, resolve_eta
 from fusepress.pipeline.pruning.fisher import Fisher
 from fusepress.pipeline.pruning.gating import Gate, gate_of, gated, gated_values, sources, swapped_norms
@@ -147,8 +147,8 @@ def _options(
                 f"expected widths from {group.width} downwards, multiples of {group.multiple}; got {widths} at {name}; "
                 "make the ladder with ladder_widths"
             )
-        order = _order(group, scores)
-        kept = [set(_kept(group, order, width)) for width in widths]
+        order = channel_order(group, scores)
+        kept = [set(kept_channels(group, order, width)) for width in widths]
         removed = tuple(tuple(c for c in range(group.width) if c not in keep) for keep in kept)
         found.append(Options(group=group, widths=widths, removed=removed))
     return found
@@ -303,7 +303,15 @@ class Bench:
         outputs = tuple(dict.fromkeys(value for _, value in tape.outputs.values()))
         targets = outputs
         if self.config.eta != 0:
-            self.fisher = Fisher(tape, small.size, self.task, draws=self.config.draws, seed=self.seed)
+            settings = self.config
+            self.fisher = Fisher(
+                tape,
+                small.size,
+                self.task,
+                draws=settings.draws,
+                samples=settings.fisher_samples,
+                seed=self.seed,
+            )
             self.dense_tail = self.fisher.tail(tape, (), outputs)
             targets = tuple(dict.fromkeys((*outputs, *self.fisher.points)))
             self.keep |= self.dense_tail.needs
@@ -357,16 +365,17 @@ class Bench:
             return self.forward(self._inputs(batch), batch.size)
 
     def _run(
-        self, tape: Tape | None, one: Options, gate: Gate, batch: Batch, before: int
+        self, tape: Tape | None, one: Options, gate: Gate, batch: Batch, before: int, *, informed: bool
     ) -> tuple[dict[str, Tensor], list[float]]:
-        """Outputs of one option, and each modality's information summed over the batch (none without the term)."""
+        """Outputs of one option, and, if wanted, each modality's information summed over the batch."""
         route = self.routes[one.group.id]
         if tape is not None and route.why_plain is None:
             try:
                 given = gated_values(tape, gate, route.values)
                 contents = self._contents(tape, route, gate, given)
                 outputs = _named_outputs(tape, contents)
-                return outputs, self._information(tape, route.tail, contents, outputs, given, gate, before)
+                tail = route.tail if informed else None
+                return outputs, self._information(tape, tail, contents, outputs, given, gate, before)
             except Diverged:
                 if self.fisher is not None:
                     raise self._no_information(one.group.id) from None
@@ -529,8 +538,10 @@ class Bench:
         started, fisher_before = time.perf_counter(), self.seconds["fisher"]
         squares: dict[str, list[list[float]]] = {name: [] for name in dense}
         fisher = []
-        for removed in one.removed[1:]:
-            outputs, information = self._run(tape, one, gate_of(self.model, one.group, removed), batch, before)
+        informed = _informed(one.widths, self.config.fisher_every)
+        for k, removed in enumerate(one.removed[1:], start=1):
+            gate = gate_of(self.model, one.group, removed)
+            outputs, information = self._run(tape, one, gate, batch, before, informed=k in informed)
             fisher.append(information)
             for name, value in dense.items():
                 gap = (outputs[name] - value).double().square().flatten(1).mean(dim=1)
@@ -564,9 +575,7 @@ class Bench:
                 )
             fisher: Floats = np.zeros((count, 0))
             if self.config.eta != 0 and count > 1:
-                dense = np.sum([line["fisher"] for line in heads], axis=0)
-                less = np.sum([line["fisher"] for line in store.lines(one.group.id)], axis=0)
-                fisher = np.concatenate([dense[None], less]) / samples
+                fisher = self._fisher_curve(one, heads, store) / min(samples, self.config.fisher_samples)
             curves[one.group.id] = Curve(widths=one.widths, distortion=distortion, fisher=fisher)
         if self.chosen is not None:
             self.notes.append(f"approximate: {samples} of {self.config.samples} samples stand for all")
@@ -583,6 +592,17 @@ class Bench:
             facts={"seconds": seconds, **{f"seconds_{name}": value for name, value in self.seconds.items()}},
         )
 
+    def _fisher_curve(self, one: Options, heads: Sequence[Mapping[str, Any]], store: Store) -> Floats:
+        """Information summed over its samples, (K, M): measured at some widths, linear in the width between them."""
+        dense = np.sum([line["fisher"] for line in heads if line["fisher"]], axis=0)
+        at = _informed(one.widths, self.config.fisher_every)
+        lines = [line["fisher"] for line in store.lines(one.group.id) if any(line["fisher"])]
+        less = np.sum([[line[k - 1] for k in at] for line in lines], axis=0)
+        known = np.concatenate([dense[None], less])[::-1]  # by ascending width
+        widths = np.array(one.widths)
+        places = widths[[0, *at]][::-1]
+        return np.stack([np.interp(widths, places, column) for column in known.T], axis=1)
+
     def _extended(self, group: str, damage: Floats) -> Floats:
         """The damage of all samples where gradients are shown to give it, else that of the measured ones."""
         estimate = self.estimate.get(group)
@@ -590,6 +610,16 @@ class Bench:
             return damage
         same = np.allclose(estimate[:, list(self.chosen)], damage, rtol=LINEAR, atol=LINEAR * float(damage.mean()))
         return estimate if same else damage
+
+
+def _informed(widths: Sequence[int], every: int) -> list[int]:
+    """Places of a ladder, without the dense width, at which the information is measured.
+
+    The narrowest is one of them. So are both sides of a removed block (width 0), for there the curve jumps.
+    """
+    last = len(widths) - 1
+    gone = [last] if last and widths[last] == 0 else []
+    return sorted({*range(last - len(gone), 0, -every), *gone})
 
 
 def _named_outputs(tape: Tape, contents: Mapping[Value, Tensor]) -> dict[str, Tensor]:

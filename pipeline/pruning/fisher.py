@@ -135,16 +135,18 @@ class Fisher:
         size: its samples.
         task: says which modules are a branch and what outputs mean.
         draws: noise draws.
+        samples: calibration samples that the information is estimated on, the first ones.
         seed: of the noise.
 
     Raises:
         StageError: a branch's output does not have the samples in front.
     """
 
-    def __init__(self, tape: Tape, size: int, task: LoadedTask, *, draws: int, seed: int) -> None:
+    def __init__(self, tape: Tape, size: int, task: LoadedTask, *, draws: int, samples: int, seed: int) -> None:
         self.modalities = tuple(task.branches)
         self.values = boundaries(tape, self.modalities)
         self.draws = draws
+        self.samples = samples
         self.seed = seed
         self.kinds = _kinds(task)
         self.variance: dict[str, float] = {}
@@ -191,7 +193,10 @@ class Fisher:
         *,
         before: int,
     ) -> Floats:
-        """Information of each modality, summed over the samples of the tape's batch, (M,).
+        """Information of each modality, summed over those of the batch's samples that count, (M,); () where none does.
+
+        Once for every width and draw, this is what the term costs: a forward and a backward pass from the branches on.
+        Few samples may be enough: the dense and all pruned networks are compared on the same ones, with the same noise.
 
         Args:
             tape: recorded pass of the dense network.
@@ -203,6 +208,9 @@ class Fisher:
             before: calibration samples before this batch.
         """
         size = len(next(iter(clean.values())))
+        counted = min(size, self.samples - before)
+        if counted <= 0:
+            return np.zeros(0)
         total = np.zeros(len(self.modalities))
         for draw in range(self.draws):
             leaves, deviations = [], []
@@ -219,7 +227,7 @@ class Fisher:
                 made = replay(tape, tail, contents, swaps)
                 noisy = {name: _logical(made[value], ref) for name, (ref, value) in tape.outputs.items()}
                 rates = sensitivities(noisy, clean, self.kinds, self.variance)
-                energy = information(rates, leaves, deviations).sum(dim=1)
+                energy = information(rates, leaves, deviations)[:, :counted].sum(dim=1)
             each = dict(zip(self.points, energy.double().tolist(), strict=True))
             total += [sum(each[value] for value in self.values[m]) for m in self.modalities]
         return total / self.draws

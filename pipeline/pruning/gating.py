@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.graph.apply import _masked_norm as masked_norm
+from fusepress.pipeline.graph.apply import masked_norm
 from fusepress.pipeline.graph.plan import Group
 from fusepress.pipeline.pruning.replay import Swap, Tape, Value
 
