@@ -13,9 +13,21 @@ GLOBAL: Mapping[str, Any] = {"allocation": "global", "rank": "score_per_cost"}
 IMPORTANCE: Mapping[str, Any] = {"allocation": "importance"}
 DISTORTION: Mapping[str, Any] = {
     "allocation": "distortion",
-    "distortion": {"mode": "exact", "samples": 64, "worst_case": False, "eta": "auto", "reading": "B", "draws": 4},
+    "distortion": {
+        "mode": "exact",
+        "samples": 64,
+        "worst_case": False,
+        "eta": "auto",
+        "reading": "B",
+        "fisher_samples": 64,
+        "fisher_every": 3,
+        "draws": 1,
+    },
 }
-RD_PRUNE: Mapping[str, Any] = {**DISTORTION, "distortion": {**DISTORTION["distortion"], "eta": 0.0}}
+RD_PRUNE: Mapping[str, Any] = {
+    "allocation": "distortion",
+    "distortion": {"mode": "exact", "samples": 64, "worst_case": False, "eta": 0.0, "reading": "B", "draws": 4},
+}
 MOMA: Mapping[str, Any] = {
     "method": "altermoma",
     "alpha": 1.0,
