@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 SETTINGS = 3  # pruned networks exported beside the dense one
+MORE_SETTINGS = 4  # exported beside them one by one, while two different axes explain what was seen
 TRIES = 1000
 CHUNK = 256  # width settings evaluated at once, so that arrays stay in the cache
 GROUPED_LEAST = 8  # channels below which `read_network` takes a grouped convolution for a depthwise one
@@ -76,6 +77,10 @@ class _Structure:
     traffic_kernel: npt.NDArray[np.intp]
 
 
+class _Ambiguous(StageError):
+    """Several axes explain the same lengths."""
+
+
 @dataclass(slots=True)
 class _Axes:
     """Writes observed axis lengths as functions of the widths; the parameters' axes are the candidates."""
@@ -89,7 +94,7 @@ class _Axes:
         """(fixed, coef) of an axis that was `seen` as long as this at every width setting.
 
         Raises:
-            StageError: no parameter axis, nor the sum of two, is proportional to it.
+            StageError: no parameter axis, nor the sum of two, is proportional to it, or different ones are.
         """
         if seen not in self._known:
             self._known[seen] = self._find(np.asarray(seen, dtype=np.float64))
@@ -102,19 +107,32 @@ class _Axes:
         factor = seen[0] / lengths[0]
         exact = np.flatnonzero(np.all(np.abs(lengths * factor - seen[:, None]) < 1e-6, axis=0))
         if len(exact):
-            best = int(exact[np.argmin(np.count_nonzero(self.coef[exact], axis=1))])
-            return float(self.fixed[best] * factor[best]), self.coef[best] * factor[best]
+            return self._only(seen, self.fixed[exact] * factor[exact], self.coef[exact] * factor[exact, None])
+        fixed, coef = [], []
         for first in range(lengths.shape[1]):
             rest = seen[:, None] - lengths[:, first : first + 1]
             left = rest[0] / lengths[0]
             hit = np.flatnonzero(np.all(np.abs(lengths * left - rest) < 1e-6, axis=0) & (left > 0))
-            if len(hit):
-                k = int(hit[0])
-                return float(self.fixed[first] + self.fixed[k] * left[k]), self.coef[first] + self.coef[k] * left[k]
+            fixed.append(self.fixed[first] + self.fixed[hit] * left[hit])
+            coef.append(self.coef[first] + self.coef[hit] * left[hit, None])
+        if any(len(found) for found in fixed):
+            return self._only(seen, np.concatenate(fixed), np.concatenate(coef))
         raise StageError(
             f"expected every tensor axis to follow the groups' widths; got lengths {seen.astype(int).tolist()} at "
             f"{len(seen)} width settings that no parameter axes explain; budget macs or params for this model instead"
         )
+
+    @staticmethod
+    def _only(seen: Array, fixed: Array, coef: Array) -> tuple[float, Array]:
+        """The one explanation among those found, (K,) and (K, G): the same axis may be found in several ways."""
+        different = np.unique(np.round(np.column_stack([fixed, coef]), 6), axis=0)
+        if len(different) > 1:
+            raise _Ambiguous(
+                f"expected one axis of the groups to explain a tensor's; got {len(different)} for lengths "
+                f"{seen.astype(int).tolist()} at {len(seen)} width settings; budget macs or params for this "
+                "model instead"
+            )
+        return float(fixed[0]), coef[0]
 
 
 class LatencyCost:
@@ -186,8 +204,14 @@ class LatencyCost:
         return self.dense.reasons
 
     def latency_ms(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds at these widths; groups that are left out are dense."""
-        return float(self.latencies_ms(self._vector(widths)[None])[0])
+        """Milliseconds at these widths; groups that are left out are dense.
+
+        A set of removed blocks that is met for the first time is exported: what `latencies_ms` adds up, is read here.
+        """
+        setting = self._vector(widths)[None]
+        self._check(setting)
+        blocks = frozenset(block for block, rows in self._removed(setting).items() if rows[0])
+        return float(self._times(self._structure(blocks), self._stood(setting, blocks))[0])
 
     def curve(self, group_id: str, widths: Mapping[str, int], options: Sequence[int]) -> Array:
         """Milliseconds of the model when one group takes each of these widths, the others staying: (K,)."""
@@ -198,25 +222,41 @@ class LatencyCost:
     def latencies_ms(self, widths: npt.ArrayLike) -> Array:
         """Milliseconds at B settings of the G widths, in the order of `ids`: (B, G) -> (B,).
 
-        A set of removed blocks that is met for the first time is exported (`SETTINGS` + 1 times); then it is known.
+        A block is exported without (`SETTINGS` + 1 times) when it is first removed. Several blocks that are removed
+        together save what each saves alone: a set for each combination would cost an export too many, and blocks share
+        no kernels unless they follow one another (`latency_ms` exports the set itself).
 
         Raises:
             StageError: a width that its group cannot take.
         """
         settings = np.atleast_2d(np.asarray(widths, dtype=np.int64))
         self._check(settings)
-        result = np.empty(len(settings))
-        gone = [name in self._gone for name in self.ids]
-        removed, which = np.unique((settings == 0) & np.asarray(gone, dtype=bool), axis=0, return_inverse=True)
-        which = which.reshape(-1)
-        for index, row in enumerate(removed):
-            blocks = frozenset(self.ids[k] for k in np.flatnonzero(row))
-            structure = self._structure(blocks)
-            mine = np.flatnonzero(which == index)
-            for begin in range(0, len(mine), CHUNK):
-                part = mine[begin : begin + CHUNK]
-                result[part] = self._times(structure, self._stood(settings[part], blocks))
+        removed = self._removed(settings)
+        present = settings.copy()
+        for block, rows in removed.items():
+            gone = self._gone[block]
+            present[np.flatnonzero(rows)[:, None], gone] = self._least[gone]
+        whole = self._chunked(frozenset(), present)
+        result = whole.copy()
+        for block, rows in removed.items():
+            if rows.any():
+                result[rows] += self._chunked(frozenset([block]), present[rows]) - whole[rows]
         return result
+
+    def _chunked(self, blocks: frozenset[str], settings: Ints) -> Array:
+        structure = self._structure(blocks)
+        parts = [self._times(structure, settings[at : at + CHUNK]) for at in range(0, len(settings), CHUNK)]
+        return np.concatenate([np.empty(0), *parts])
+
+    def _removed(self, settings: Ints) -> dict[str, npt.NDArray[np.bool_]]:
+        """Where each block has width 0 and does not go with another one anyway: block -> (B,)."""
+        zero = {block: settings[:, self._column[block]] == 0 for block in self._gone}
+        removed = {block: rows.copy() for block, rows in zero.items()}
+        for block, columns in self._gone.items():
+            for other in columns[1:]:
+                if self.ids[other] in removed:
+                    removed[self.ids[other]] &= ~zero[block]
+        return removed
 
     def _vector(self, widths: Mapping[str, int]) -> Ints:
         vector = self._widths.copy()
@@ -258,9 +298,21 @@ class LatencyCost:
         if blocks not in self._structures:
             settings = self._draw(blocks)
             networks = [self._export(row, blocks) for row in settings]
-            axes = _Axes(settings, *self._candidates)
-            self._structures[blocks] = _learn(networks, axes, self._precision)
+            while blocks not in self._structures:
+                try:
+                    axes = _Axes(settings, *self._candidates)
+                    self._structures[blocks] = _learn(networks, axes, self._precision)
+                except _Ambiguous:
+                    if len(settings) > SETTINGS + MORE_SETTINGS:
+                        raise
+                    settings = np.vstack([settings, self._another(len(settings), blocks)])
+                    networks.append(self._export(settings[-1], blocks))
         return self._structures[blocks]
+
+    def _another(self, seed: int, blocks: frozenset[str]) -> Ints:
+        """One more setting, from all widths that there are: (1, G)."""
+        steps = np.random.default_rng(seed).integers(1, self._widths // self._least + 1)
+        return self._stood((self._least * steps)[None], blocks)
 
     def _draw(self, blocks: frozenset[str]) -> Ints:
         """The dense widths and `SETTINGS` others at which no two different parameter axes look alike."""
