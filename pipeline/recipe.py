@@ -54,7 +54,8 @@ class ScoreConfig(Section):
     """How channels are scored.
 
     Attributes:
-        method: altermoma (arXiv 2409.17728) or a rival behind the same signature; auto tries several and keeps one.
+        method: taylor (squared derivative of a gate), altermoma (arXiv 2409.17728) or another criterion behind the same
+            signature; auto tries several and keeps one. The default is what benchmarks/results/pruning/core.md favours.
         alpha: weight of DeCI.
         beta: weight of ReRI; auto sets it from the measured redundancy of the modalities.
         batches: training batches that gradients are averaged over (|D| / batch size).
@@ -71,9 +72,9 @@ class ScoreConfig(Section):
         probe_steps: training steps of each try before it is judged on the calib split.
     """
 
-    method: Method = "altermoma"
+    method: Method = "taylor"
     alpha: float = Field(default=1.0, ge=0)
-    beta: NumberOrAuto = 1.0
+    beta: NumberOrAuto = "auto"
     batches: int = Field(default=8, ge=1)
     reactivation_batches: int = Field(default=16, ge=0)
     reactivation_lr: float = Field(default=1e-3, gt=0)
@@ -97,7 +98,7 @@ class DistortionConfig(Section):
     """Distortion tables of `allocation: distortion` (MMPrune4U).
 
     Attributes:
-        mode: exact (a pass per width), or approximate (gradients; about as cheap as scoring).
+        mode: exact (a pass per width on all samples), or approximate (on a fifth of the samples).
         samples: calibration samples that distortion is measured on.
         worst_case: the maximum over samples instead of their mean (as RD-Prune's scripts do).
         eta: weight of the functional Fisher term; 0 is RD-Prune; auto makes the medians of both terms equal.
@@ -139,7 +140,7 @@ class PruneConfig(Section):
     macs: Fraction | None = None
     params: Fraction | None = None
     latency_ms: float | None = Field(default=None, gt=0)
-    allocation: Literal["global", "importance", "distortion"] = "global"
+    allocation: Literal["global", "importance", "distortion"] = "importance"
     rank: Literal["score_per_cost", "score"] = "score_per_cost"
     floor: float = Field(default=0.1, ge=0, le=1)
     min_channels: int = Field(default=8, ge=1)
