@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 SEED, SCORING_BATCHES, REMOVAL_BATCHES = 650, 8, 2
 CHANNELS_REMOVED = 12  # of each group, at random
 RELATIVE_STEP = 1e-3  # of the central difference, in lengths of theta
-WEAK = ScoreConfig(batches=SCORING_BATCHES, reactivation_batches=16)
+WEAK = ScoreConfig(beta=1.0, batches=SCORING_BATCHES, reactivation_batches=16)
 STRONG = WEAK.model_copy(update={"reactivation_optimizer": "adam", "reactivation_lr": 1e-4, "reactivation_batches": 24})
 Vectors = dict[str, np.ndarray[Any, Any]]
 

@@ -48,14 +48,32 @@ def paired(rows: Sequence[Row], label: str, against: str, chosen: Callable[[Row]
     return {"n": len(gains), "mean": mean, "low": mean - half, "high": mean + half}
 
 
+def usual(row: Row) -> bool:
+    return bool(row["spec"]["seed"] == 0 and row["spec"]["macs"] == runs.MACS)
+
+
 def on_street(row: Row) -> bool:
-    return row["redundancy_knob"] is not None and row["dead"] == 0.12
+    """The KITTI task's metric has another unit, and other budgets are no fair pair."""
+    return bool(row["redundancy_knob"] is not None and row["spec"]["macs"] == runs.MACS)
+
+
+def kitti_table(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Budget -> label -> RMSE after and before fine-tuning, by seed."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["spec"]["seed"]):
+        if row["redundancy_knob"] is None:
+            own = table.setdefault(f"{row['spec']['macs']:g}", {}).setdefault(row["label"], [])
+            own += [round(row["finetuned"]["rmse"], 4), round(row["pruned"]["rmse"], 4)]
+    return table
 
 
 def tables(rows: Sequence[Row]) -> dict[str, Any]:
-    """Every label against beta 0 and against Taylor on the street worlds."""
+    """Every label against beta 0 and against Taylor on the street worlds, the twins among them."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    return {label: {other: paired(rows, label, other, on_street) for other in (BASE, "taylor")} for label in labels}
+    return {
+        label: {other: paired(rows, label, other, on_street) for other in (BASE, "taylor", "noise", "unmasked")}
+        for label in labels
+    }
 
 
 def beta_sweep(rows: Sequence[Row]) -> dict[str, dict[float, float]]:
@@ -63,7 +81,7 @@ def beta_sweep(rows: Sequence[Row]) -> dict[str, dict[float, float]]:
     worlds_seen = dict.fromkeys(row["world"] for row in rows)
     sweep: dict[str, dict[float, float]] = {}
     for world in worlds_seen:
-        own = {row["label"]: row for row in rows if row["world"] == world and row["spec"]["seed"] == 0}
+        own = {row["label"]: row for row in rows if row["world"] == world and usual(row)}
         if BASE in own:
             sweep[world] = {beta: gain(own[label], own[BASE]) for label, beta in BETAS.items() if label in own}
     return sweep
@@ -169,6 +187,7 @@ def main() -> None:
         },
         "paired": tables(rows),
         "beta_sweep": sweep,
+        "kitti_rmse_finetuned_and_pruned_by_seed": kitti_table(rows),
         "rule": rule,
         "rule_on_other_worlds": judged_rule(rule, sweep, won),
         "overlap": {name: overlap(name) for name in measured},
@@ -203,7 +222,7 @@ def setting() -> dict[str, Any]:
 def compact(row: Row) -> Row:
     names = ("world", "label", "dense", "pruned", "finetuned", "macs_kept", "kept_by_branch", "seconds_scoring")
     kept = {name: row[name] for name in names}
-    kept["seed"] = row["spec"]["seed"]
+    kept |= {"seed": row["spec"]["seed"], "macs": row["spec"]["macs"]}
     kept["stages"] = [
         {k: s[k] for k in ("masked", "loss_before", "loss_after", "steps", "moved")} for s in row["stages"]
     ]

@@ -91,7 +91,7 @@ class Bench:
         key = json.dumps(task.branches)
         if key not in self.graphs:
             inputs = first_batch(task, "calib").inputs
-            graph = find_groups(self.model, inputs, task.branches, task.keep)
+            graph = find_groups(self.model, inputs, task.branches, task.keep, watchdog_s=900)
             one = {name: value[:1] for name, value in inputs.items()}
             self.graphs[key] = graph, CostModel(graph, self.model, one)
         return self.graphs[key]

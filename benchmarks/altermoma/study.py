@@ -14,6 +14,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ VARIANTS = [
         for normalise in ("parameter", "cost")
         for beta in (0.0, 1.0)
     ),
+    Spec(label="ranked by score alone, beta 0", score={"method": "altermoma", "beta": 0.0}, rank="score"),
+    Spec(label="ranked by score alone, beta 1", score={"method": "altermoma", "beta": 1.0, **STRONG}, rank="score"),
     altermoma("sgd 1e-2 x 16", 1.0, **{**WEAK, "reactivation_lr": 1e-2}),
-    altermoma("adam 1e-4 x 96", 1.0, **{**STRONG, "reactivation_batches": 96}),
-    altermoma("adam 1e-3 x 24", 1.0, **{**STRONG, "reactivation_lr": 1e-3}),
     Spec(
         label="camera up to the image features, beta 1",
         score={"method": "altermoma", "beta": 1.0, **STRONG},
@@ -86,8 +87,8 @@ VARIANTS = [
         score={"method": "altermoma", "beta": 0.0},
         branches={"camera": CAMERA_UP_TO_IMAGE, "lidar": ["lidar"]},
     ),
-    Spec(label="ranked by score alone, beta 0", score={"method": "altermoma", "beta": 0.0}, rank="score"),
-    Spec(label="ranked by score alone, beta 1", score={"method": "altermoma", "beta": 1.0, **STRONG}, rank="score"),
+    altermoma("adam 1e-4 x 96", 1.0, **{**STRONG, "reactivation_batches": 96}),
+    altermoma("adam 1e-3 x 24", 1.0, **{**STRONG, "reactivation_lr": 1e-3}),
     altermoma("3 rounds, beta 0", 0.0, rounds=3),
     altermoma("3 rounds, beta 1", 1.0, rounds=3, **STRONG),
 ]
@@ -95,9 +96,9 @@ CORE = [MAIN[number] for number in (0, 3, 4, 8, 9)]
 CONTROLLED = [MAIN[number] for number in (0, 3, 4, 5, 6, 8, 9)]
 
 
-def again(specs: list[Spec], seed: int) -> list[Spec]:
-    """The same with other scoring and fine-tuning batches."""
-    return [Spec(label=s.label, score=s.score, seed=seed, branches=s.branches, macs=s.macs) for s in specs]
+def again(specs: list[Spec], seed: int, macs: float = 0.4) -> list[Spec]:
+    """The same with other scoring and fine-tuning batches, or another budget."""
+    return [replace(spec, seed=seed, macs=macs) for spec in specs]
 
 
 Job = tuple[World, str, Callable[[Bench], dict[str, Any]]]
@@ -127,6 +128,7 @@ PARTS: dict[str, list[Job]] = {
     "twins": list(runs_of(TWINS[:1], CONTROLLED)),
     "kitti": list(runs_of(KITTI, CORE)),
     "variants-redundant": list(runs_of(FIRST[:1], VARIANTS)),
+    "kitti-again": list(runs_of(KITTI, [*again(CORE, 0, 0.2), *again(CORE[:4], 1), *again(CORE[:4], 1, 0.2)])),
     "second-complementary": list(runs_of(SECOND[1:2], CONTROLLED)),
     "mechanism-complementary": list(mechanism_of(FIRST[1:])),
     "second-twins": list(runs_of(TWINS[1:], CORE)),
