@@ -130,9 +130,9 @@ def test_ranking_per_cost_takes_the_dear_channels_of_equal_score() -> None:
     graph = chain([32, 32, 32])
     cost = table(graph, [1000, 1000, 1, 1])  # a high resolution, then a low one
     scores = {group.id: np.full(32, s, np.float32) for group, s in zip(graph.groups, (0.5, 0.6, 0.4), strict=True)}
-    dear = allocate(scores, graph, cost, PruneConfig(macs=0.5), align=8).widths
+    dear = allocate(scores, graph, cost, PruneConfig(macs=0.5, allocation="global"), align=8).widths
     assert dear["m2.weight"] == 32
-    plain = allocate(scores, graph, cost, PruneConfig(macs=0.5, rank="score"), align=8).widths
+    plain = allocate(scores, graph, cost, PruneConfig(macs=0.5, allocation="global", rank="score"), align=8).widths
     assert plain["m2.weight"] < 32
 
 

@@ -54,7 +54,7 @@ def test_small_steps_find_curvature_to_first_order(stage: Any) -> None:
     from benchmarks.altermoma.mechanism import spearman_matrix
 
     keys = [group.id for group in stage.groups if group.branch != "lidar"]
-    tiny = ScoreConfig(batches=8, reactivation_batches=16, reactivation_lr=1e-6)
+    tiny = ScoreConfig(beta=1.0, batches=8, reactivation_batches=16, reactivation_lr=1e-6)
     found, log = stage._reactivation("lidar", keys, tiny)
     curvature = stage._curvature(keys, "lidar", on_data=False, step=0.01)
     share = {key: found[key] / curvature[key] for key in keys}

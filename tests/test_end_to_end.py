@@ -20,7 +20,7 @@ QUICK = {
     "task": "task.py:MyTask",
     "checkpoint": "dense.safetensors",
     "target": "host-cpu",
-    "score": {"method": "altermoma", "batches": 2, "reactivation_batches": 2},
+    "score": {"method": "altermoma", "beta": 1.0, "batches": 2, "reactivation_batches": 2},
     "prune": {"macs": 0.5, "align": 8},
     "finetune": {"steps": 12, "lr": 5e-4, "checkpoint_every": 2},
     "quantize": {"precision": "int8", "samples": 16},

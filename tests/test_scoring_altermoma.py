@@ -29,7 +29,7 @@ from tests.scoring_toys import (
     state_bytes,
 )
 
-FAST = ScoreConfig(batches=2, reactivation_batches=3, reactivation_lr=0.02)
+FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_scores_of_a_linear_model_are_the_closed_form(steps: int) -> None:
     x_c, x_l, y = batch.inputs["camera"][:, 0], batch.inputs["lidar"][:, 0], batch.targets["y"]
     a, b, lr = 0.7, -0.4, 0.05
     model = LinearFusion([a], [b])
-    config = ScoreConfig(batches=1, reactivation_batches=steps, reactivation_lr=lr)
+    config = ScoreConfig(beta=1.0, batches=1, reactivation_batches=steps, reactivation_lr=lr)
     deci, (lidar_masked, camera_masked) = raw(model, loaded([batch], LINEAR), config, ["lidar", "camera"])
     h, k = (x_c * x_c).mean(), (x_l * x_l).mean()
     expected = abs(a * (a * h + b * (x_c * x_l).mean() - (x_c * y).mean()))
@@ -94,7 +94,7 @@ def test_redundancy_of_a_vector_branch_follows_the_hessian() -> None:
     batch = regression(camera=4)
     weights = torch.tensor([0.5, -1.0, 0.3, 0.9], dtype=torch.float64)
     model = LinearFusion(weights.tolist(), [0.2])
-    config = ScoreConfig(batches=1, reactivation_batches=5, reactivation_lr=0.1)
+    config = ScoreConfig(beta=1.0, batches=1, reactivation_batches=5, reactivation_lr=0.1)
     _, (found,) = raw(model, loaded([batch], LINEAR), config, ["lidar"])
     x = batch.inputs["camera"]
     hessian = x.T @ x / len(x)
@@ -109,7 +109,7 @@ def test_the_mean_gradient_weighs_every_sample_alike() -> None:
         Batch(inputs={k: v[i:j] for k, v in whole.inputs.items()}, targets={"y": whole.targets["y"][i:j]})
         for i, j in ((0, 4), (4, 20), (20, 30))
     ]
-    config = ScoreConfig(batches=3, reactivation_batches=0)
+    config = ScoreConfig(beta=1.0, batches=3, reactivation_batches=0)
     split, _ = raw(LinearFusion([0.4, 1.0], [0.3]), loaded(parts, LINEAR), config, [])
     joint, _ = raw(
         LinearFusion([0.4, 1.0], [0.3]), loaded([whole], LINEAR), config.model_copy(update={"batches": 1}), []
@@ -123,7 +123,7 @@ def test_the_mean_gradient_weighs_every_sample_alike() -> None:
 
 def test_without_reactivation_the_score_is_alpha_times_contribution() -> None:
     toy = ConvToy()
-    config = ScoreConfig(batches=2, reactivation_batches=0, alpha=0.75)
+    config = ScoreConfig(beta=1.0, batches=2, reactivation_batches=0, alpha=0.75)
     scores, log = weight_scores(toy.model, toy.task, config, seed=0)
     deci, redundancies = raw(toy.model, toy.task, config, ["camera", "lidar"])
     assert all(not value.any() for stage in redundancies for value in stage.values())
@@ -538,7 +538,7 @@ def test_memory_stays_within_three_copies_of_the_parameters() -> None:
     gc.collect()
     counting(torch.zeros(()), Batch(inputs=batch.inputs, targets={"y": torch.zeros(())}))
     before, peak = peak, 0  # what other tests left behind, and the model itself
-    config = ScoreConfig(batches=2, reactivation_batches=1)
+    config = ScoreConfig(beta=1.0, batches=2, reactivation_batches=1)
     score_altermoma(model, loaded([batch], LINEAR, counting), ToyGraph(groups), config, seed=0)
     assert 2.2 * size < peak - before <= 3.05 * size  # a masked branch has neither gradient
 

@@ -28,7 +28,7 @@ from fusepress.pipeline.scoring.redundancy import beta_of, measure_redundancy, r
 from fusepress.pipeline.task import Batch, LoadedTask
 from tests.scoring_toys import LINEAR, ConvToy, LinearFusion, ToyGraph, loaded, map_error, state_bytes
 
-FAST = ScoreConfig(batches=2, reactivation_batches=3, reactivation_lr=0.02)
+FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
 Control = Literal["masked", "unmasked", "noise", "permuted"]
 CONTROLS: tuple[Control, ...] = ("masked", "unmasked", "noise", "permuted")
 
@@ -265,7 +265,7 @@ def two_sensors(overlap: float) -> tuple[LinearFusion, LoadedTask]:
 
 
 def test_what_the_other_sensor_knows_too_is_won_back_and_nothing_else() -> None:
-    config = ScoreConfig(batches=4)
+    config = ScoreConfig(beta=1.0, batches=4)
     found, covered = {}, {}
     for overlap in (0.0, 0.7, 1.0):
         model, task = two_sensors(overlap)
@@ -296,7 +296,7 @@ def test_redundancy_is_measured_on_data_that_the_training_does_not_see() -> None
     toy = ConvToy(losses=watching)
     start = toy.model.get_parameter("fuse.weight").detach().clone()
     before = state_bytes(toy.model)
-    log = measure_redundancy(toy.model, toy.task, ScoreConfig(batches=2), seed=0, steps=3)
+    log = measure_redundancy(toy.model, toy.task, ScoreConfig(beta=1.0, batches=2), seed=0, steps=3)
     held = [("0-0", False), ("1-0", False)]
     stage = [*held, ("2-0", False), ("3-0", True), ("4-0", True), ("0-0", True), ("1-0", True)]
     assert watching.ids == [*held, *held, *stage, *stage]  # dense, blind, and each modality
@@ -308,7 +308,7 @@ def test_redundancy_is_measured_on_data_that_the_training_does_not_see() -> None
 
 def test_a_modality_that_nothing_hangs_on_is_wholly_redundant() -> None:
     _, task = two_sensors(1.0)
-    log = measure_redundancy(LinearFusion([0.9, 0.8], [0.0]), task, ScoreConfig(batches=2), seed=0, steps=2)
+    log = measure_redundancy(LinearFusion([0.9, 0.8], [0.0]), task, ScoreConfig(beta=1.0, batches=2), seed=0, steps=2)
     assert log["modalities"]["lidar"]["won_back"] == 1.0
 
 

@@ -19,7 +19,7 @@ RECIPE = {
     "task": "task.py:StrangersTask",
     "checkpoint": "mine.safetensors",
     "target": "jetson-agx-orin-64gb",
-    "score": {"method": "altermoma", "batches": 2, "reactivation_batches": 4},
+    "score": {"method": "altermoma", "beta": 1.0, "batches": 2, "reactivation_batches": 4},
     "prune": {"macs": 0.5, "align": 8},
     "finetune": {"steps": 20, "lr": 2e-3},
     "quantize": {"precision": "int8", "samples": 16},
