@@ -20,8 +20,8 @@ def draw(sections: Sequence[Section], out: Path) -> list[Path]:
     made = []
     for axis, label in AXES.items():
         points = _points(sections, axis)
-        if any(len(found) > 0 for name, found in points.items() if name != "dense"):
-            made.append(_plot(points, label, out / f"miou_{axis}.svg"))
+        if points:
+            made.append(_plot(points, _dense(sections), label, out / f"miou_{axis}.svg"))
     return made
 
 
@@ -33,13 +33,21 @@ def _points(sections: Sequence[Section], axis: str) -> dict[str, list[tuple[floa
             continue
         for row in rows:
             x = 100 * row["macs"] if axis == "macs" else row["latency"].get(axis)
+            if row["macs"] == 1.0:
+                continue
             point = None if x is None else (x, row["after"], row["after_sd"] or 0.0)
             if point is not None and point not in points.setdefault(row["label"], []):
                 points[row["label"]].append(point)
     return points
 
 
-def _plot(points: dict[str, list[tuple[float, float, float]]], label: str, path: Path) -> Path:
+def _dense(sections: Sequence[Section]) -> float | None:
+    """What the dense network reaches, as it is."""
+    rows = [row for _, task, _, _, rows in sections if task == "street" for row in rows]
+    return next((float(row["after"]) for row in rows if row["method"] == "dense"), None)
+
+
+def _plot(points: dict[str, list[tuple[float, float, float]]], dense: float | None, label: str, path: Path) -> Path:
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -61,6 +69,8 @@ def _plot(points: dict[str, list[tuple[float, float, float]]], label: str, path:
             color=pyplot.get_cmap("tab20")(number % 20),
             label=name,
         )
+    if dense is not None:
+        axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label="dense, as trained")
     axes.set_xlabel(label)
     axes.set_ylabel("mIoU after fine-tuning, mean and sd over seeds")
     axes.grid(alpha=0.3)

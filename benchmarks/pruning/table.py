@@ -220,10 +220,11 @@ def write(table: Table, options: argparse.Namespace) -> dict[str, Any]:
     first = next(c for c in table.cells if c["cell"]["task"] == "street")
     missing = unfinished(table, options.seeds)
     protocol = first["identity"]["protocol"]
-    command = "python -m benchmarks.pruning.table " + " ".join(sys.argv[1:])
+    flags = ["--latency"] * options.latency + ["--measure-host"] * options.measure_host
+    command = " ".join(["python -m benchmarks.pruning.table --reference", options.reference, *flags])
     lines = [
         HEAD.format(
-            command=command.strip(),
+            command=command,
             checkpoint=f"examples/street, sha256 {first['identity']['checkpoint']}",
             steps=protocol["steps"],
             lr=protocol["lr"],
@@ -242,8 +243,8 @@ def write(table: Table, options: argparse.Namespace) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "command": [
-            "python -m benchmarks.pruning.run --suite core --workers N",
-            command.strip(),
+            "python -m benchmarks.pruning.run --suite core variants --workers N",
+            command,
         ],
         "versions": first["versions"],
         "commits": sorted({cell["commit"] for cell in table.cells}),
@@ -273,7 +274,7 @@ def _short(cell: Row) -> Row:
 
 
 def unfinished(table: Table, seeds: Sequence[int]) -> list[str]:
-    """What the suites name and the store does not hold, counted by suite, method and budget."""
+    """What the suites name and the store does not hold, one line for each suite, budget and set of seeds."""
     have = {Cell(**cell["cell"]) for cell in table.cells}
     lines = []
     for suite in SUITES:
@@ -282,12 +283,23 @@ def unfinished(table: Table, seeds: Sequence[int]) -> list[str]:
         for cell in cells:
             if cell not in have:
                 gone.setdefault((cell.method, cell.budget), []).append(cell.seed)
-        if len(gone) and sum(len(s) for s in gone.values()) == len(cells):
-            lines.append(f"{suite}: all {len(cells)} cells")
+        if sum(len(absent) for absent in gone.values()) == len(cells):
+            lines.append(f"{suite}: all {len(cells)} cells{_why_not(cells[0].task)}")
             continue
+        alike: dict[tuple[float, str], list[str]] = {}
         for (method, budget), absent in gone.items():
-            lines.append(f"{suite}: {BY_NAME[method].label} at {budget * 100:g} %, seeds {absent}")
+            alike.setdefault((budget, ", ".join(map(str, absent))), []).append(BY_NAME[method].label)
+        lines += [f"{suite} at {100 * b:g} %, seeds {absent}: {'; '.join(rows)}" for (b, absent), rows in alike.items()]
     return lines
+
+
+def _why_not(task: str) -> str:
+    """What a task lacks here, if that is why it did not run."""
+    from fusepress.pipeline.recipe import load_recipe
+
+    loaded = load_recipe(TASKS[task])
+    there = loaded.resolve(loaded.recipe.checkpoint).is_file()
+    return "" if there else f" ({task} has no dense checkpoint in the repository: it is trained from frames first)"
 
 
 def main(words: Sequence[str] | None = None) -> int:
