@@ -29,7 +29,7 @@ from tests.scoring_toys import (
     state_bytes,
 )
 
-FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
+FAST = ScoreConfig(method="altermoma", beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from fusepress.pipeline.scoring.redundancy import beta_of, measure_redundancy, r
 from fusepress.pipeline.task import Batch, LoadedTask
 from tests.scoring_toys import LINEAR, ConvToy, LinearFusion, ToyGraph, loaded, map_error, state_bytes
 
-FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
+FAST = ScoreConfig(method="altermoma", beta=1.0, batches=2, reactivation_batches=3, reactivation_lr=0.02)
 Control = Literal["masked", "unmasked", "noise", "permuted"]
 CONTROLS: tuple[Control, ...] = ("masked", "unmasked", "noise", "permuted")
 

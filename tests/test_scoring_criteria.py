@@ -26,7 +26,7 @@ from fusepress.pipeline.scoring.result import ScoreResult, load_scores, save_sco
 from fusepress.pipeline.task import Batch
 from tests.scoring_toys import ConvToy, ToyGraph, backbone_groups, map_error, norm_members, state_bytes
 
-FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=2, reactivation_lr=0.02)
+FAST = ScoreConfig(method="altermoma", beta=1.0, batches=2, reactivation_batches=2, reactivation_lr=0.02)
 
 
 @pytest.fixture(autouse=True)

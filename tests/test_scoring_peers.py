@@ -34,7 +34,7 @@ from fusepress.pipeline.scoring.synflow import Flow
 from fusepress.pipeline.task import Batch, LoadedTask
 from tests.scoring_toys import ConvToy, ToyGraph, loaded, map_error, state_bytes
 
-FAST = ScoreConfig(beta=1.0, batches=2, reactivation_batches=2, reactivation_lr=0.02)
+FAST = ScoreConfig(method="altermoma", beta=1.0, batches=2, reactivation_batches=2, reactivation_lr=0.02)
 
 
 @pytest.fixture(autouse=True)
