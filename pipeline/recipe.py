@@ -156,6 +156,15 @@ class PruneConfig(Section):
             raise ValueError(
                 "expected exactly one of `macs`, `params` and `latency_ms`; give the kept fraction, e.g. macs: 0.4"
             )
+        if self.blocks and self.allocation == "global":
+            raise ValueError(
+                "expected allocation importance or distortion with `blocks`; got global, which ranks single channels; "
+                "change one of the two"
+            )
+        if self.branches and self.latency_ms is not None:
+            raise ValueError(
+                "expected no `branches` with `latency_ms`; a latency is of the whole model; give macs or params instead"
+            )
         return self
 
 

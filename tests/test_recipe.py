@@ -31,6 +31,8 @@ def _load(folder: Path, content: object, *overrides: str) -> LoadedRecipe:
         ({**GOOD, "prune": {"macs": 0}}, r"`prune.macs`: .*greater than 0; got 0"),
         ({**GOOD, "prune": {}}, r"exactly one of `macs`, `params` and `latency_ms`"),
         ({**GOOD, "prune": {"macs": 0.4, "params": 0.4}}, r"exactly one of `macs`, `params` and `latency_ms`"),
+        ({**GOOD, "prune": {"macs": 0.4, "blocks": True, "allocation": "global"}}, r"which ranks single channels"),
+        ({**GOOD, "prune": {"latency_ms": 4, "branches": {"camera": 0.5}}}, r"a latency is of the whole model"),
         ({**GOOD, "score": {"method": "auto", "candidates": ["auto"]}}, r"different methods, none of them auto"),
         ({**GOOD, "score": {"candidates": ["snip", "snip"]}}, r"different methods, none of them auto"),
         ({**GOOD, "score": {"beta": "much"}}, r"`score.beta`: expected a number of at least 0, or auto; got 'much'"),

@@ -180,11 +180,11 @@ def spend_and_limits(
     """What the recipe's budget counts, and its bounds, the model's first.
 
     Raises:
-        RecipeError: a budget of an unknown branch, or of a branch's latency.
+        RecipeError: a budget of an unknown branch.
         StageError: a budget in milliseconds without a prediction.
     """
     if config.latency_ms is not None:
-        return _latency(table, config, config.latency_ms, latency)
+        return _latency(table, config.latency_ms, latency)
     unit: Unit = "macs" if config.macs is not None else "params"
     fraction = config.macs if config.macs is not None else config.params
     assert fraction is not None
@@ -203,14 +203,7 @@ def spend_and_limits(
     return TableSpend(table=table, unit=unit), tuple(limits)
 
 
-def _latency(
-    table: CostTable, config: PruneConfig, budget_ms: float, latency: LatencyLike | None
-) -> tuple[Spend, tuple[Limit, ...]]:
-    if config.branches:
-        raise RecipeError(
-            f"expected prune.branches only beside prune.macs or prune.params; got {next(iter(config.branches))!r} "
-            "beside prune.latency_ms, which is the model's alone; leave it out"
-        )
+def _latency(table: CostTable, budget_ms: float, latency: LatencyLike | None) -> tuple[Spend, tuple[Limit, ...]]:
     if latency is None:
         raise StageError(
             "expected a latency prediction for prune.latency_ms; got none at allocate; give `latency`, or a budget "
