@@ -112,17 +112,17 @@ def _budget(ctx: Context, graph: Any, cost: Any, model: Any) -> dict[str, Any]:
     from fusepress.pipeline.graph.apply import apply_plan
     from fusepress.pipeline.recipe import ScoreConfig
     from fusepress.pipeline.scoring.criteria import score_channels
-    from fusepress.pipeline.stages.allocation import alignment, allocate_widths
+    from fusepress.pipeline.stages.allocation import alignment, allocate_widths, latency_cost, without_tables
 
     assert ctx.recipe.prune is not None
-    config = ctx.recipe.prune
-    if config.allocation == "distortion":  # its tables cost passes; what can be reached does not depend on them
-        config = config.model_copy(update={"allocation": "importance"})
+    config = without_tables(ctx.recipe.prune)  # what can be reached does not depend on them
     scores = score_channels(
         model, ctx.task, graph, ScoreConfig(method="magnitude"), seed=0, progress=lambda _fraction, _note: None
     )
     try:
-        allocation, _ = allocate_widths(ctx, model, graph, cost, scores.channel, config=config)
+        allocation, _ = allocate_widths(
+            ctx, model, graph, cost, scores.channel, latency=latency_cost(ctx, model, graph), config=config
+        )
     except RecipeError as error:
         return {"reachable": False, "why": str(error)}
     facts: dict[str, Any] = {

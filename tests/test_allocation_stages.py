@@ -12,10 +12,12 @@ from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.cli import run
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.evidence import RunRecord
-from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.recipe import PruneConfig, load_recipe
 from fusepress.pipeline.runner import run_stages
 from fusepress.pipeline.stages import STAGES
-from fusepress.pipeline.store import Store
+from fusepress.pipeline.stages.allocation import without_tables
+from fusepress.pipeline.stages.prune import Prune
+from fusepress.pipeline.store import Store, content_key
 
 RECIPE: dict[str, Any] = {
     "task": "task.py:MyTask",
@@ -90,3 +92,24 @@ def test_a_budget_in_milliseconds_is_met_by_the_same_prediction(project: Path) -
     reached_ms = next(m.value for m in prune.measurements if m.name == "latency.mean_ms")
     assert reached_ms <= 0.97 * dense_ms
     assert sum(group["kept"] for group in prune.details["groups"]) < sum(g["width"] for g in prune.details["groups"])
+
+
+def _prune_key(project: Path, *overrides: str) -> str:
+    ctx = make_context(load_recipe(project / "recipe.yaml", overrides), Reporter(quiet=True))
+    return content_key(Prune().key_parts(ctx))
+
+
+def test_widths_under_a_latency_belong_to_the_target_and_precision_and_others_do_not(project: Path) -> None:
+    budget = ("prune.macs=null", "prune.latency_ms=0.2")
+    keys = {
+        _prune_key(project, *budget),
+        _prune_key(project, *budget, "quantize.precision=int8"),
+        _prune_key(project, *budget, "target=jetson-orin-nano-8gb-super"),
+    }
+    assert len(keys) == 3
+    assert _prune_key(project) == _prune_key(project, "quantize.precision=int8")
+
+
+def test_a_first_look_measures_no_distortion_table() -> None:
+    assert without_tables(PruneConfig(macs=0.5, allocation="distortion")).allocation == "importance"
+    assert without_tables(PruneConfig(macs=0.5, allocation="global")).allocation == "global"

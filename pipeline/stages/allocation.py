@@ -26,6 +26,34 @@ def alignment(ctx: Context) -> int:
     return ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
 
 
+def target_of(ctx: Context) -> dict[str, Any] | None:
+    """What of the target shapes the widths, for a key: nothing where the budget is not in milliseconds."""
+    assert ctx.recipe.prune is not None
+    return None if ctx.recipe.prune.latency_ms is None else {**ctx.target_identity(), "precision": ctx.precision}
+
+
+def without_tables(config: PruneConfig) -> PruneConfig:
+    """The section for a first look: importance in place of distortion, whose tables cost many passes."""
+    return config.model_copy(update={"allocation": "importance"}) if config.allocation == "distortion" else config
+
+
+def latency_cost(ctx: Context, model: nn.Module, graph: GroupGraph) -> LatencyCost | None:
+    """Latency as a function of the widths, where the budget is in milliseconds; it takes a few exports to learn.
+
+    Args:
+        ctx: the run.
+        model: the dense model; left as it is.
+        graph: its coupled groups.
+    """
+    from fusepress.pipeline.pruning.latency import LatencyCost
+
+    assert ctx.recipe.prune is not None
+    if ctx.recipe.prune.latency_ms is None:
+        return None
+    inputs, names = common.example_inputs(ctx), common.output_names(ctx, model)
+    return LatencyCost(model, graph, inputs, ctx.profile, ctx.power_mode, ctx.precision, output_names=names)
+
+
 def allocate_widths(
     ctx: Context,
     model: nn.Module,
@@ -33,6 +61,7 @@ def allocate_widths(
     cost: CostModel,
     scores: Mapping[str, Any],
     *,
+    latency: LatencyCost | None,
     config: PruneConfig | None = None,
     work: Path | None = None,
     progress: Callable[[float, str], None] | None = None,
@@ -45,6 +74,7 @@ def allocate_widths(
         graph: its coupled groups.
         cost: their costs.
         scores: one vector a group, higher = keep.
+        latency: what `latency_cost` gave.
         config: in place of the recipe's prune section.
         work: where distortion tables are kept as they are measured, so that a killed run goes on with them.
         progress: called with the fraction done and a text.
@@ -73,7 +103,7 @@ def allocate_widths(
         config,
         align=alignment(ctx),
         distortion=curves,
-        latency=_latency(ctx, model, graph) if config.latency_ms is not None else None,
+        latency=latency,
         removable=graph.removable,
     )
     facts |= {"objective": allocation.objective, "iterations": allocation.iterations}
@@ -103,18 +133,4 @@ def _distortion(
         seed=ctx.recipe.seed,
         out=work,
         progress=progress or silent,
-    )
-
-
-def _latency(ctx: Context, model: nn.Module, graph: GroupGraph) -> LatencyCost:
-    from fusepress.pipeline.pruning.latency import LatencyCost
-
-    return LatencyCost(
-        model,
-        graph,
-        common.example_inputs(ctx),
-        ctx.profile,
-        ctx.power_mode,
-        ctx.precision,
-        output_names=common.output_names(ctx, model),
     )

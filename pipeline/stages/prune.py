@@ -7,7 +7,7 @@ from typing import Any
 
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.allocation import alignment, allocate_widths
+from fusepress.pipeline.stages.allocation import alignment, allocate_widths, latency_cost, target_of
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
@@ -33,7 +33,7 @@ class Prune:
             config={
                 **ctx.recipe.prune.model_dump(mode="json"),
                 "align": alignment(ctx),
-                "target": ctx.target_identity() if ctx.recipe.prune.latency_ms is not None else None,
+                "target": target_of(ctx),
             },
             inputs=("dense_weights", "groups", "scores"),
             splits=("train", "calib", "eval"),
@@ -62,6 +62,7 @@ class Prune:
             graph,
             cost,
             scores,
+            latency=latency_cost(ctx, model, graph),
             work=work,
             progress=lambda fraction, text: ctx.reporter.update(0.1 * fraction, text),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.stages import common
-from fusepress.pipeline.stages.allocation import alignment
+from fusepress.pipeline.stages.allocation import alignment, target_of
 from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
@@ -79,5 +79,5 @@ def _trial_config(ctx: Context) -> dict[str, Any]:
         "prune": ctx.recipe.prune.model_dump(mode="json"),
         "align": alignment(ctx),
         "finetune": finetune.model_dump(mode="json") if finetune is not None else None,
-        "target": ctx.target_identity() if ctx.recipe.prune.latency_ms is not None else None,
+        "target": target_of(ctx),
     }

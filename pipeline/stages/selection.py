@@ -1,8 +1,9 @@
 """`score.method: auto`: every candidate criterion on a short trial, and the one that did best.
 
 A trial is what the next stages would do, cut short: score, allocate, remove the channels, estimate the norms again,
-train a few steps, and measure the task's primary metric on the calib split. The eval split is not touched, so the
-choice cannot flatter the figures that are reported.
+train a few steps, and measure the task's primary metric on the calib split. (Where the recipe allocates by distortion,
+the trials allocate by importance: a table for each candidate would cost more than all the rest.) The eval split is not
+touched, so the choice cannot flatter the figures that are reported.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusepress.pipeline.stages.allocation import allocate_widths
+from fusepress.pipeline.stages.allocation import allocate_widths, latency_cost, without_tables
 from fusepress.pipeline.stages.base import Context
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from fusepress.pipeline.graph.cost import CostModel
     from fusepress.pipeline.graph.plan import GroupGraph
+    from fusepress.pipeline.pruning.latency import LatencyCost
     from fusepress.pipeline.recipe import Method
     from fusepress.pipeline.scoring.result import ScoreResult
 
@@ -62,9 +64,10 @@ def choose_method(
     results: dict[str, ScoreResult] = {}
     trials: list[Trial] = []
     candidates = ctx.recipe.score.candidates
+    latency = latency_cost(ctx, model, graph)
     for number, method in enumerate(candidates):
         ctx.reporter.update(number / len(candidates), f"trying {method}")
-        results[method], trial = _try(ctx, model, graph, cost, method)
+        results[method], trial = _try(ctx, model, graph, cost, latency, method)
         trials.append(trial)
     sign = 1.0 if ctx.task.metrics[ctx.task.primary] == "max" else -1.0
     best = max(trials, key=lambda trial: sign * trial.value)
@@ -80,17 +83,20 @@ def choose_method(
 
 
 def _try(
-    ctx: Context, model: nn.Module, graph: GroupGraph, cost: CostModel, method: Method
+    ctx: Context, model: nn.Module, graph: GroupGraph, cost: CostModel, latency: LatencyCost | None, method: Method
 ) -> tuple[ScoreResult, Trial]:
     from fusepress.pipeline.evaluate import evaluate, torch_predict
     from fusepress.pipeline.graph.apply import apply_plan
     from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
     from fusepress.pipeline.scoring.criteria import score_channels
 
+    assert ctx.recipe.prune is not None
     started = time.monotonic()
     config = ctx.recipe.score.model_copy(update={"method": method})
     result = score_channels(model, ctx.task, graph, config, seed=ctx.recipe.seed)
-    allocation, _ = allocate_widths(ctx, model, graph, cost, result.channel)
+    allocation, _ = allocate_widths(
+        ctx, model, graph, cost, result.channel, latency=latency, config=without_tables(ctx.recipe.prune)
+    )
     smaller = apply_plan(copy.deepcopy(model), graph.plan(allocation.kept))
     reestimate_batchnorm(smaller, ctx.task, BATCHNORM_BATCHES, ctx.recipe.seed)
     _train(ctx, smaller)
