@@ -74,7 +74,8 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
     model.eval()
     inputs = common.example_inputs(ctx)
     keep = [*ctx.task.keep, *(ctx.recipe.prune.keep if ctx.recipe.prune else ())]
-    graph = find_groups(model, inputs, ctx.task.branches, keep)
+    blocks = ctx.recipe.prune is not None and ctx.recipe.prune.blocks
+    graph = find_groups(model, inputs, ctx.task.branches, keep, blocks=blocks)
     cost = CostModel(graph, model, inputs)
     smallest = {group.id: _smallest(group, ctx.recipe.prune) for group in graph.groups}
     least = cost.branch_totals(smallest)

@@ -16,6 +16,7 @@ from fusepress.pipeline.recipe import PruneConfig, load_recipe
 from fusepress.pipeline.runner import run_stages
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.allocation import without_tables
+from fusepress.pipeline.stages.baseline import Baseline
 from fusepress.pipeline.stages.prune import Prune
 from fusepress.pipeline.store import Store, content_key
 
@@ -108,6 +109,16 @@ def test_widths_under_a_latency_belong_to_the_target_and_precision_and_others_do
     }
     assert len(keys) == 3
     assert _prune_key(project) == _prune_key(project, "quantize.precision=int8")
+
+
+def test_blocks_are_looked_for_where_the_recipe_asks(project: Path) -> None:
+    def key(*overrides: str) -> str:
+        return content_key(
+            Baseline().key_parts(make_context(load_recipe(project / "recipe.yaml", overrides), Reporter(quiet=True)))
+        )
+
+    assert key("prune.blocks=true") != key()
+    assert key("prune.allocation=distortion") == key()
 
 
 def test_a_first_look_measures_no_distortion_table() -> None:

@@ -349,7 +349,9 @@ def test_street_may_lose_every_residual_block_and_its_coarsest_levels(monkeypatc
         "points": torch.rand(2, 9, 40, 8, generator=g),
         "cells": torch.stack([torch.randperm(48 * 48, generator=g)[:40] for _ in range(2)]),
     }
-    graph = find_groups(model, inputs, {"camera": ["camera"], "lidar": ["lidar"]})
+    branches = {"camera": ["camera"], "lidar": ["lidar"]}
+    graph = find_groups(model, inputs, branches)
+    assert find_groups(model, inputs, branches, blocks=False) == replace(graph, blocks=())
     camera = [f"camera.{part}.first.0.weight" for part in ("stage1.0", "stage1.1", "stage2.0", "stage2.1", "stage3")]
     assert graph.removable == (
         *camera,

@@ -40,6 +40,7 @@ def find_groups(
     branches: dict[str, list[str]],
     keep: Sequence[str] = (),
     *,
+    blocks: bool = True,
     watchdog_s: float = 120,
 ) -> GroupGraph:
     """Find the channels that can be removed, and with which others.
@@ -49,6 +50,7 @@ def find_groups(
         example_inputs: inputs by name, batch first; two samples of them are used.
         branches: modality -> module paths.
         keep: module paths whose output channels stay (what they read may become narrower).
+        blocks: look for whole residual blocks too, which takes longer than all the rest.
         watchdog_s: time limit in seconds.
 
     Returns:
@@ -67,7 +69,7 @@ def find_groups(
         f"expected the channel groups within {watchdog_s:g} s; got none yet at {type(model).__name__}; "
         "raise the limit, or give smaller example inputs"
     )
-    return run_within(watchdog_s, lambda: _find(model, example_inputs, branches, keep, deadline, late), late)
+    return run_within(watchdog_s, lambda: _find(model, example_inputs, branches, keep, blocks, deadline, late), late)
 
 
 def run_within(seconds: float, work: Callable[[], T], late: str) -> T:
@@ -111,6 +113,7 @@ def _find(
     example_inputs: dict[str, Tensor],
     branches: dict[str, list[str]],
     keep: Sequence[str],
+    blocks: bool,
     deadline: float,
     late: str,
 ) -> GroupGraph:
@@ -147,7 +150,7 @@ def _find(
             notes=tuple(notes),
             branches={branch: tuple(paths) for branch, paths in branches.items()},
         )
-        return _with_blocks(graph, checker, deadline)
+        return _with_blocks(graph, checker, deadline) if blocks else graph
 
 
 def _with_blocks(graph: GroupGraph, checker: Checker, deadline: float) -> GroupGraph:

@@ -37,6 +37,7 @@ class Baseline:
                 "precision": common.stage_precision(ctx),
                 "opset": [ctx.profile.opset, ctx.profile.opset_scatternd],
                 "keep": sorted(ctx.recipe.prune.keep) if ctx.recipe.prune else [],
+                "blocks": ctx.recipe.prune.blocks if ctx.recipe.prune else False,
                 "seed": ctx.recipe.seed,
             },
             splits=("train", "calib", "eval") if trains else ("calib", "eval"),
@@ -129,7 +130,7 @@ class Baseline:
 
         assert ctx.recipe.prune is not None
         keep = [*ctx.task.keep, *ctx.recipe.prune.keep]
-        graph = find_groups(model, inputs, ctx.task.branches, keep)
+        graph = find_groups(model, inputs, ctx.task.branches, keep, blocks=ctx.recipe.prune.blocks)
         save_graph(graph, out / "groups.json")
         cost = CostModel(graph, model, inputs)
         return {
