@@ -12,11 +12,8 @@ The dense network runs once a batch and is recorded (`replay`); for an option on
 consumers is run again. What was measured is appended to a file as it comes, batch by batch and group by group, so that
 a stopped measurement goes on where it stopped.
 
-`mode: approximate` measures all widths on a fifth of the samples, evenly spaced. An allocation follows the kinks of the
-true curves, which gradients (`gauss_newton`) miss: their estimate is right for small removals and off by a factor of up
-to four for large ones. As the choosers of the samples they cost as much as three more samples, and lost more. Where a
-sample has so few outputs that the estimate is exact, it chooses them, and where it also equals the measurement (a
-network that is linear behind the group), it stands for all samples.
+`mode: approximate` measures all widths on a fifth of the samples, evenly spaced: an allocation follows the kinks of the
+true curves, so that every width is measured and samples are saved.
 """
 
 from __future__ import annotations
@@ -43,7 +40,6 @@ from fusepress.pipeline.pruning.allocate import channel_order, kept_channels
 from fusepress.pipeline.pruning.curves import Curve, DistortionTable, Floats, resolve_eta
 from fusepress.pipeline.pruning.fisher import Fisher
 from fusepress.pipeline.pruning.gating import Gate, gate_of, gated, gated_values, sources, swapped_norms
-from fusepress.pipeline.pruning.gauss_newton import Gauss, find_places, gate_schedule, representative
 from fusepress.pipeline.pruning.replay import (
     Diverged,
     Recorder,
@@ -62,8 +58,6 @@ FILE = "distortion.jsonl"
 FORMAT = 1
 SHARE = 1 / 5  # of the samples are measured in approximate mode, and not fewer than FEWEST
 FEWEST = 8
-PROBES = 4  # of outputs this few the estimate is exact
-LINEAR = 1e-3  # relative difference up to which the estimate counts as equal to the measurement
 TRIAL = 2  # samples on which every group's replay is held against a full pass
 TOLERANCE = 1e-4  # of the largest output; the same kernels on the same shapes give the same bits on a CPU
 
@@ -212,11 +206,9 @@ class Bench:
         self.signature: list[Any] = []
         self.macs: dict[str, int] = {}
         self.chosen: tuple[int, ...] | None = None
-        self.estimate: dict[str, Floats] = {}
-        self.variance: dict[str, float] | None = None
         self.fisher: Fisher | None = None
         self.dense_tail: Schedule | None = None
-        self.seconds = {"dense": 0.0, "options": 0.0, "trial": 0.0, "fisher": 0.0, "gradients": 0.0}
+        self.seconds = {"dense": 0.0, "options": 0.0, "trial": 0.0, "fisher": 0.0}
 
     # ------------------------------------------------------------------ data
 
@@ -441,46 +433,11 @@ class Bench:
                 self.progress(min(1.0, (before + batch.size * done / work) / wanted), f"distortion of {one.group.id}")
 
     def _choose(self) -> None:
-        """Choose the samples that are measured: evenly, or by gradients where these say enough."""
-        started = time.perf_counter()
-        sizes = [batch.size for _, _, batch in self.all_batches()]
-        count = max(FEWEST, round(SHARE * sum(sizes)))
-        if count >= sum(sizes):
-            return
-        self.chosen = tuple(int(k) for k in np.linspace(0, sum(sizes) - 1, count).round())
-        gauss = self._gradients()
-        if gauss is not None:
-            self.chosen = tuple(representative(gauss.damage(), count))
-            self.estimate = gauss.damage() if gauss.exact else {}
-        self.seconds["gradients"] += time.perf_counter() - started
-
-    def _gradients(self) -> Gauss | None:
-        """Every sample's damage where the estimate is exact, else nothing."""
-        try:
-            tape = self._record(cut_batch(self.first(), TRIAL), None)
-            places = find_places(tape, [one.group for one in self.options])
-            plan = gate_schedule(tape, places)
-            keep = set(plan.needs) | {value for _, value in tape.outputs.values()}
-            if sum(value[0].numel() for value in self._outputs_of(tape).values()) > PROBES:
-                return None
-            gauss = Gauss(
-                [(one.group, one.removed[1:]) for one in self.options if one.group.id not in places.unknown],
-                probes=PROBES,
-                seed=self.seed,
-            )
-            moments = [_moments(self._dense(batch)[1]) for _, _, batch in self.all_batches()]
-            scale = _variances(moments)
-            for _, before, batch in self.all_batches():
-                tape = self._record(batch, keep)
-                if tape.signature() != self.signature:
-                    raise Diverged("the order of operations depends on the batch")
-                gauss.add(tape, plan, places, scale, batch.size, before)
-        except (Diverged, Unrecordable, RuntimeError) as error:  # the last: an operation without a gradient
-            first = str(error).splitlines()[0]
-            self.notes.append(f"the measured samples are evenly spaced, not chosen by gradients, for {first}")
-            return None
-        self.variance = _variances(moments)
-        return gauss if gauss.groups else None
+        """Which samples are measured: evenly spaced ones."""
+        total = sum(batch.size for _, _, batch in self.all_batches())
+        count = max(FEWEST, round(SHARE * total))
+        if count < total:
+            self.chosen = tuple(int(k) for k in np.linspace(0, total - 1, count).round())
 
     def _outputs_of(self, tape: Tape) -> dict[str, Tensor]:
         return {name: tape.content(value, ref) for name, (ref, value) in tape.outputs.items()}
@@ -552,7 +509,7 @@ class Bench:
         """Curves from everything that the store holds."""
         heads = store.lines("")
         samples = sum(int(line["size"]) for line in heads)
-        variance = self.variance or _variances([line["moments"] for line in heads])
+        variance = _variances([line["moments"] for line in heads])
         curves = {}
         for one in self.all_options:
             count = len(one.widths)
@@ -563,7 +520,6 @@ class Bench:
                     for line in store.lines(one.group.id)
                 ]
                 damage = np.concatenate(parts, axis=1)  # (K - 1, samples)
-                damage = self._extended(one.group.id, damage)
                 distortion[1:] = damage.max(axis=1) if self.config.worst_case else damage.mean(axis=1)
             if not np.isfinite(distortion).all():
                 raise StageError(
@@ -599,14 +555,6 @@ class Bench:
         widths = np.array(one.widths)
         places = widths[[0, *at]][::-1]
         return np.stack([np.interp(widths, places, column) for column in known.T], axis=1)
-
-    def _extended(self, group: str, damage: Floats) -> Floats:
-        """The damage of all samples where gradients are shown to give it, else that of the measured ones."""
-        estimate = self.estimate.get(group)
-        if estimate is None or self.chosen is None:
-            return damage
-        same = np.allclose(estimate[:, list(self.chosen)], damage, rtol=LINEAR, atol=LINEAR * float(damage.mean()))
-        return estimate if same else damage
 
 
 def _informed(widths: Sequence[int], every: int) -> list[int]:
