@@ -32,24 +32,6 @@ PRUNED = 0.25  # share of the other groups' channels that is gone when all block
 Key = tuple[str, int]  # module path, number of the call
 
 
-def removable_groups(model: nn.Module, graph: GroupGraph, example_inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Ids of the groups that may have width 0, all at once, so that what stays still follows every input.
-
-    Args:
-        model: the dense model; it is not changed.
-        graph: its groups, as `find_groups` found them.
-        example_inputs: inputs by name, batch first; two samples of them are used.
-
-    Raises:
-        TraceError: the model cannot be copied or run.
-    """
-    from fusepress.pipeline.graph.groups import working_copy
-
-    with working_copy(model, dict(example_inputs)) as (private, inputs, forward, tolerance):
-        search = BlockSearch(model=private, inputs=inputs, forward=forward, tolerance=tolerance, graph=graph)
-        return tuple(block.id for block in search.find())
-
-
 @dataclass(slots=True)
 class _Seen:
     """What one pass showed: every layer's input, and the outputs."""
@@ -524,4 +506,4 @@ def _trains(model: nn.Module, inputs: dict[str, Tensor], forward: Forward) -> bo
     return all(bool(torch.isfinite(o).all()) for o in outputs if o.is_floating_point())
 
 
-__all__ = ["BlockSearch", "removable_groups"]
+__all__ = ["BlockSearch"]

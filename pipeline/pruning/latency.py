@@ -213,12 +213,6 @@ class LatencyCost:
         blocks = frozenset(block for block, rows in self._removed(setting).items() if rows[0])
         return float(self._times(self._structure(blocks), self._stood(setting, blocks))[0])
 
-    def curve(self, group_id: str, widths: Mapping[str, int], options: Sequence[int]) -> Array:
-        """Milliseconds of the model when one group takes each of these widths, the others staying: (K,)."""
-        settings = np.repeat(self._vector(widths)[None], len(options), axis=0)
-        settings[:, self._index(group_id)] = options
-        return self.latencies_ms(settings)
-
     def latencies_ms(self, widths: npt.ArrayLike) -> Array:
         """Milliseconds at B settings of the G widths, in the order of `ids`: (B, G) -> (B,).
 
