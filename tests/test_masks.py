@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fusepress.pipeline.errors import CheckpointError, TrainingError
+from fusepress.pipeline.errors import CheckpointError, StageError, TrainingError
 from fusepress.pipeline.graph.masks import (
     MaskHolder,
     choose_2to4,
     load_masks,
     magnitude_masks_2to4,
+    masks_2to4,
     save_masks,
     violations_2to4,
+    weights_2to4,
+    weights_unstructured,
 )
 
 
@@ -194,3 +197,46 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     model.weight.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="NaN or infinity in weight"):
         magnitude_masks_2to4(model)
+
+
+# --- by score, and which weights --------------------------------------------------------------------------------------
+
+
+def test_masks_by_score_keep_the_two_highest_and_low_is_not_large() -> None:
+    model = nn.Linear(8, 2)
+    scores = {"weight": torch.tensor([[-9.0, -1.0, 0.5, -2.0, 1.0, 2.0, 3.0, 4.0]] * 2)}
+    masks, _ = masks_2to4(model, scores)
+    assert masks["weight"][0].tolist() == [False, True, True, False, False, False, True, True]
+
+
+def test_a_spared_weight_is_listed_with_its_reason_and_needs_no_score() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    masks, skipped = masks_2to4(model, {"1.weight": torch.rand(8, 8)}, dense={"0.weight": "camera stays dense"})
+    assert list(masks) == ["1.weight"]
+    assert [(skip.param, skip.reason) for skip in skipped] == [("0.weight", "camera stays dense")]
+
+
+@pytest.mark.parametrize(
+    ("score", "got"),
+    [(None, "got none"), (torch.ones(4, 4), r"got shape \(4, 4\)"), (torch.full((2, 8), torch.nan), "finite: False")],
+    ids=["missing", "another-shape", "nan"],
+)
+def test_scores_of_another_model_are_refused(score: Tensor | None, got: str) -> None:
+    scores = {} if score is None else {"weight": score}
+    with pytest.raises(StageError, match=rf"expected finite scores of shape \(2, 8\).*{got}.* at weight"):
+        masks_2to4(nn.Linear(8, 2), scores)
+
+
+def test_unstructured_masks_may_take_any_layer_but_nothing_else() -> None:
+    eligible, skipped = weights_unstructured(Zoo())
+    two_four, _ = weights_2to4(Zoo())
+    assert set(two_four) < set(eligible)
+    assert set(eligible) - set(two_four) == {
+        "stem.weight",
+        "odd.weight",
+        "depthwise.weight",
+        "grouped_odd.weight",
+        "up.weight",
+        "cross.v_proj_weight",
+    }
+    assert {skip.param for skip in skipped} == {"table", "memory.weight_ih_l0", "memory.weight_hh_l0"}

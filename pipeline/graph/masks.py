@@ -7,7 +7,7 @@ and of a linear layer `[out, in]`. Folding a batch norm scales whole rows, so a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fusepress.pipeline.errors import CheckpointError, TrainingError
+from fusepress.pipeline.errors import CheckpointError, StageError, TrainingError
 from fusepress.pipeline.store import atomic_write_bytes
 
 GROUP = 4
@@ -35,11 +35,37 @@ class Skip:
     reason: str
 
 
-def magnitude_masks_2to4(model: nn.Module) -> tuple[dict[str, Tensor], list[Skip]]:
-    """2:4 masks that keep the two largest |w| of every 4 consecutive input channels.
+def weights_2to4(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[Skip]]:
+    """The weights that can carry the 2:4 pattern, and those that cannot.
 
     Args:
         model: convolutions, linear layers and the packed projections of `nn.MultiheadAttention` are looked at.
+
+    Returns:
+        Parameters by name; and every other weight of two or more dimensions with the reason.
+    """
+    return _sorted_out(model, _why_dense)
+
+
+def weights_unstructured(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[Skip]]:
+    """The weights of which single ones can go: as `weights_2to4`, but of any width, transposed and depthwise too."""
+    return _sorted_out(model, _why_no_layer)
+
+
+def magnitude_masks_2to4(model: nn.Module) -> tuple[dict[str, Tensor], list[Skip]]:
+    """2:4 masks that keep the two largest |w| of every 4 consecutive input channels: see `masks_2to4`."""
+    return masks_2to4(model)
+
+
+def masks_2to4(
+    model: nn.Module, scores: Mapping[str, Tensor] | None = None, *, dense: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], list[Skip]]:
+    """2:4 masks that keep the two best of every 4 consecutive input channels.
+
+    Args:
+        model: its weights are looked at as `weights_2to4` says.
+        scores: of every weight that can carry the pattern, in its shape, higher = keep; default: |w|.
+        dense: names of weights that stay dense, with the reason.
 
     Returns:
         Bool masks by parameter name (True = kept), in the shape of the parameter; and every weight of two or more
@@ -47,21 +73,36 @@ def magnitude_masks_2to4(model: nn.Module) -> tuple[dict[str, Tensor], list[Skip
 
     Raises:
         CheckpointError: a weight is not finite.
+        StageError: a score is missing, has another shape or is not finite.
     """
-    masks: dict[str, Tensor] = {}
-    skipped: list[Skip] = []
-    owners: dict[int, str] = {}
-    for name, owner, local, parameter in _weights(model):
-        if id(parameter) in owners:
-            skipped.append(Skip(param=name, reason=f"shares its weight with {owners[id(parameter)]}"))
-            continue
-        owners[id(parameter)] = name
-        reason = _why_dense(owner, local, parameter)
-        if reason is None:
-            masks[name] = choose_2to4(_finite(name, parameter))
-        else:
-            skipped.append(Skip(param=name, reason=reason))
-    return masks, skipped
+    eligible, skipped = weights_2to4(model)
+    spared = {name: reason for name, reason in (dense or {}).items() if name in eligible}
+    skipped += [Skip(param=name, reason=reason) for name, reason in spared.items()]
+    chosen = {name: weight for name, weight in eligible.items() if name not in spared}
+    values = keep_values(chosen, scores)
+    return {name: top_2to4(value) for name, value in values.items()}, skipped
+
+
+def keep_values(weights: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What decides which weights are kept: their scores, or |w| where none are given.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        StageError: a score is missing, has another shape or is not finite.
+    """
+    if scores is None:
+        return {name: _finite(name, weight).detach().abs() for name, weight in weights.items()}
+    values = {}
+    for name, weight in weights.items():
+        score = scores.get(name)
+        if score is None or score.shape != weight.shape or not bool(torch.isfinite(score).all()):
+            got = "none" if score is None else f"shape {tuple(score.shape)}, finite: {bool(score.isfinite().all())}"
+            raise StageError(
+                f"expected finite scores of shape {tuple(weight.shape)} to choose a mask from; got {got} at {name}; "
+                "score this very model"
+            )
+        values[name] = score.detach()
+    return values
 
 
 def choose_2to4(weight: Tensor) -> Tensor:
@@ -73,12 +114,17 @@ def choose_2to4(weight: Tensor) -> Tensor:
     Returns:
         Bool tensor of the same shape.
     """
-    rows, channels = weight.shape[:2]
-    grouped = weight.detach().abs().reshape(rows, channels // GROUP, GROUP, -1)
+    return top_2to4(weight.detach().abs())
+
+
+def top_2to4(score: Tensor) -> Tensor:
+    """Mask of the two highest of every 4 consecutive entries along dim 1; of equal ones the earlier is kept."""
+    rows, channels = score.shape[:2]
+    grouped = score.reshape(rows, channels // GROUP, GROUP, -1)
     order = torch.sort(grouped, dim=2, descending=True, stable=True).indices
     mask = torch.zeros_like(grouped, dtype=torch.bool)
     mask.scatter_(2, order[:, :, :KEPT], value=True)
-    return mask.reshape(weight.shape)
+    return mask.reshape(score.shape)
 
 
 def violations_2to4(weight: Tensor) -> int:
@@ -127,13 +173,40 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramet
                 yield f"{path}.{local}" if path else local, module, local, parameter
 
 
+def _sorted_out(
+    model: nn.Module, why_not: Callable[[nn.Module, str, Tensor], str | None]
+) -> tuple[dict[str, nn.Parameter], list[Skip]]:
+    """Weights that a rule lets pass, and the others with its reason; a tied weight counts once."""
+    chosen: dict[str, nn.Parameter] = {}
+    skipped: list[Skip] = []
+    owners: dict[int, str] = {}
+    for name, owner, local, parameter in _weights(model):
+        if id(parameter) in owners:
+            skipped.append(Skip(param=name, reason=f"shares its weight with {owners[id(parameter)]}"))
+            continue
+        owners[id(parameter)] = name
+        reason = why_not(owner, local, parameter)
+        if reason is None:
+            chosen[name] = parameter
+        else:
+            skipped.append(Skip(param=name, reason=reason))
+    return chosen, skipped
+
+
+def _why_no_layer(owner: nn.Module, local: str, weight: Tensor) -> str | None:
+    if isinstance(owner, nn.MultiheadAttention) and local.endswith("proj_weight"):
+        return None
+    if local != "weight" or not isinstance(owner, _ConvNd | nn.Linear):
+        return f"a parameter of {type(owner).__name__}, which is no convolution and no linear layer"
+    return None
+
+
 def _why_dense(owner: nn.Module, local: str, weight: Tensor) -> str | None:
     if isinstance(owner, _ConvTransposeNd):
         return "transposed convolution: TensorRT has no sparse kernels for it"
-    if isinstance(owner, nn.MultiheadAttention) and local.endswith("proj_weight"):
-        return _why_not_grouped(weight)
-    if local != "weight" or not isinstance(owner, _ConvNd | nn.Linear):
-        return f"a parameter of {type(owner).__name__}, which is no convolution and no linear layer"
+    reason = _why_no_layer(owner, local, weight)
+    if reason is not None:
+        return reason
     if isinstance(owner, _ConvNd) and owner.groups > 1 and weight.shape[1] == 1:
         return "depthwise convolution: one input channel a group"
     return _why_not_grouped(weight)
@@ -151,7 +224,7 @@ def _why_not_grouped(weight: Tensor) -> str | None:
 def _finite(name: str, weight: Tensor) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError(
-            f"expected finite weights to choose a 2:4 mask from; got NaN or infinity in {name}; train again or give "
+            f"expected finite weights to choose a mask from; got NaN or infinity in {name}; train again or give "
             "an intact checkpoint"
         )
     return weight
