@@ -14,6 +14,7 @@
     - BuildError
     - MeasureError
     - StoreError
+    - RankError (exit code of the rank that failed)
 
 A message says what was expected, what was found and where, and what to do.
 """
@@ -86,3 +87,18 @@ class MeasureError(StageError):
 
 class StoreError(StageError):
     """A run folder is locked, damaged or not writable."""
+
+
+class RankError(StageError):
+    """Another process of the same run failed or was lost.
+
+    Args:
+        message: what happened there.
+        exit_code: of the error there.
+        origin: the rank, -1 if it is not known.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = EXIT_STAGE_FAILED, origin: int = -1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.origin = origin

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "pipeline.console",
         "pipeline.corrupt",
+        "pipeline.distributed",
         "pipeline.evaluate",
         "pipeline.evidence",
         "pipeline.gates",
@@ -35,7 +36,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 SIBLINGS_ALLOWED = {("calib", "export")}
 FOUNDATION = 9  # the lowest rooms may use each other; a test below keeps them free of cycles
-LIGHT = ("targets", "pipeline.gates", "pipeline.report", "pipeline.recipe", "pipeline.store", "pipeline.evidence")
+LIGHT = (
+    "targets",
+    "pipeline.distributed",
+    "pipeline.gates",
+    "pipeline.report",
+    "pipeline.recipe",
+    "pipeline.store",
+    "pipeline.evidence",
+)
 HEAVY = {"torch", "onnx", "onnxruntime", "modelopt", "tensorrt", "tensorrt_rtx", "torch_pruning"}
 
 

@@ -1,0 +1,1 @@
+../../pipeline/_root/__main__.py
