@@ -86,9 +86,9 @@ def _owners(model: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[nn.M
             projections.add(module.out_proj)  # it is read, never called
             local = {"in_proj_weight": module.in_proj_weight, "out_proj": module.out_proj.weight}
             local |= {f"{x}_proj_weight": getattr(module, f"{x}_proj_weight") for x in "qkv"}
-            for key, weight in local.items():
-                if weight is not None and id(weight) in wanted:
-                    owners[wanted[id(weight)]].append((module, key))
+            for key, projection in local.items():
+                if id(projection) in wanted:
+                    owners[wanted[id(projection)]].append((module, key))
     for module in model.modules():
         plain = isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, _ConvTransposeNd)
         if plain and module not in projections:
@@ -230,7 +230,8 @@ def matrices(weight: Tensor, groups: int = 1, parts: int = 1) -> list[Tensor]:
 def weight_of(matrices_GRK: Sequence[Tensor], like: Tensor) -> Tensor:
     """The inverse of `matrices`: a tensor in the shape of `like`."""
     stacked = torch.cat(list(matrices_GRK)).flatten(0, 1)
-    return stacked.unflatten(1, (*like.shape[2:], like.shape[1])).movedim(-1, 1).reshape(like.shape)
+    whole: Tensor = stacked.unflatten(1, (*like.shape[2:], like.shape[1]))
+    return whole.movedim(-1, 1).reshape(like.shape)
 
 
 __all__ = ["Layer", "called_layers", "matrices", "second_moments", "unfolded", "weight_of"]

@@ -36,7 +36,7 @@ from fusepress.pipeline.scoring.activations import (
     weight_of,
 )
 from fusepress.pipeline.scoring.altermoma import weight_masks
-from fusepress.pipeline.scoring.spread import shared
+from fusepress.pipeline.scoring.unstructured import shared
 
 BLOCK = 128  # columns that are finished before the columns to their right are updated; also the unstructured window
 DAMPING = 0.01  # of the mean diagonal entry of H

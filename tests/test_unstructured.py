@@ -1,4 +1,4 @@
-"""Unstructured masks and the spread of a total sparsity over modalities (pipeline/scoring/spread.py)."""
+"""Unstructured masks and the spread of a total sparsity over modalities (pipeline/scoring/unstructured.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusepress.pipeline.errors import RecipeError
-from fusepress.pipeline.scoring.spread import (
+from fusepress.pipeline.scoring.unstructured import (
     HIGHEST,
     Scope,
     Spread,
