@@ -1,0 +1,1 @@
+../examples/street/street_labels.py

@@ -1,0 +1,1 @@
+../examples/street/street_transformer.py
