@@ -28,6 +28,23 @@ def _number_or_auto(value: Any) -> Any:
 NumberOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
+def _method_or_factors(value: Any) -> Any:
+    """One message instead of one a member of the union."""
+    if value in ("fixed", "uncertainty", "gradnorm"):
+        return value
+    if isinstance(value, dict) and all(
+        isinstance(n, str) and isinstance(x, int | float) and not isinstance(x, bool) and x >= 0
+        for n, x in value.items()
+    ):
+        return value
+    raise ValueError("expected fixed, uncertainty, gradnorm, or factors of at least 0 by loss, e.g. {boxes: 0.5}")
+
+
+LossWeights = Annotated[
+    Literal["fixed", "uncertainty", "gradnorm"] | dict[str, float], BeforeValidator(_method_or_factors)
+]
+
+
 class Section(BaseModel):
     """Base of all recipe sections: frozen, and unknown keys are refused."""
 
@@ -179,6 +196,16 @@ class FinetuneConfig(Section):
         distill: learn from the dense model's outputs too.
         distill_weight: weight of that loss.
         temperature: of the softened class distributions.
+        teachers: expert -> its weights (safetensors); each teaches the outputs that the task's `build_expert(name)`
+            returns, in place of the dense model.
+        distill_normalise: measure every output's loss in its spread, so that heads start comparable (else only
+            regressions are, by one number an output).
+        distill_features: weight of the loss on the dense model's features at the start; half a cosine to 0.
+        distill_points: module paths of those features; default: the branches' and the fuser.
+        loss_weights: of the task's losses: fixed (factors by loss, 1 where none is given), or learned by uncertainty
+            (Kendall 2018) or gradnorm (Chen 2018).
+        gradnorm_alpha: how strongly losses that lag behind are favoured.
+        gradnorm_every: steps between its measurements.
         ema: decay of the weight average that becomes the result; 0 switches it off.
         clip: gradient norm limit.
         modality_dropout: chance that one modality of a batch is blanked.
@@ -192,10 +219,29 @@ class FinetuneConfig(Section):
     distill: bool = True
     distill_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=2.0, gt=0)
+    teachers: dict[str, str] = Field(default_factory=dict)
+    distill_normalise: bool = False
+    distill_features: float = Field(default=0.0, ge=0)
+    distill_points: tuple[str, ...] = ()
+    loss_weights: LossWeights = "fixed"
+    gradnorm_alpha: float = Field(default=1.5, ge=0)
+    gradnorm_every: int = Field(default=5, ge=1)
     ema: float = Field(default=0.99, ge=0, lt=1)
     clip: float = Field(default=5.0, gt=0)
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     checkpoint_every: int = Field(default=50, ge=1)
+
+    @model_validator(mode="after")
+    def _something_to_teach(self) -> FinetuneConfig:
+        if not self.distill and (self.teachers or self.distill_features > 0):
+            raise ValueError(
+                "expected `distill: true` with `teachers` or `distill_features`; got false; remove them, or distill"
+            )
+        if self.distill_points and self.distill_features == 0:
+            raise ValueError(
+                "expected `distill_features` above 0 with `distill_points`; got 0; give the weight of their loss"
+            )
+        return self
 
 
 class SparsifyConfig(Section):

@@ -16,7 +16,7 @@ from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.recovery.distill import Distiller, Kind, distill_kinds, distill_loss
 from fusepress.pipeline.task import LoadedTask, load_task
 
-KINDS: list[Kind] = ["classes", "binary", "regression"]
+KINDS: list[Kind] = ["classes", "binary", "regression", "regression_l1"]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_kinds_default_to_regression(task: LoadedTask) -> None:
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"logit": "classes"}, r"map the outputs \['logits', 'size'\] to one of \['classes', 'binary', 'regression'\]"),
+        ({"logit": "classes"}, r"map the outputs \['logits', 'size'\] to one of \['classes', 'binary', 'regression', "),
         ({"logits": "softmax"}, r"got \{'logits': 'softmax'\}"),
         (["classes"], r"got \['classes'\]"),
         ({"size": "classes"}, r"two or more classes in dim 1; got 'size' of shape \(2, 1\)"),
