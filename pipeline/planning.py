@@ -104,7 +104,7 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
 def _smallest(group: Group, config: PruneConfig | None) -> int:
     """The least width that the floors leave a group; without a prune section, those of its defaults."""
     floor, least = (config.floor, config.min_channels) if config is not None else (FLOOR, LEAST)
-    wanted = max(least, math.ceil(floor * group.width))
+    wanted = max(math.ceil(least / group.span), math.ceil(floor * group.width))
     return min(group.width, math.ceil(wanted / group.multiple) * group.multiple)
 
 

@@ -161,6 +161,20 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))  # type: ignore[no-any-return]
 
 
+class MultiHead(nn.Module):
+    """Four heads of a fixed size, so that heads can go: queries and keys of one head meet, and mix its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = (layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 class PillarNet(nn.Module):
     """Camera and LiDAR in the shape of BEVFusion: Linear and BatchNorm1d over padded points, own scatter, concat."""
 

@@ -16,6 +16,8 @@ from fusepress.pipeline.graph.check import relative_gap, sample_kept
 from fusepress.pipeline.graph.cost import CostModel
 from fusepress.pipeline.graph.groups import find_groups, run_flat, run_within
 from fusepress.pipeline.graph.plan import Group, GroupGraph
+from fusepress.pipeline.pruning.ladders import ladder_widths
+from fusepress.pipeline.recipe import PruneConfig
 from tests import graph_models as zoo
 
 BRANCHES = {"camera": ["camera", "eye", "second"], "lidar": ["lidar", "range"]}
@@ -36,6 +38,7 @@ CASES: dict[str, Case] = {
     "groupnorm": (zoo.GroupNormed, plain),
     "glu": (zoo.Gated, plain),
     "attention": (zoo.Attention, lambda: {"x": zoo.image(channels=12)}),
+    "attention heads": (zoo.MultiHead, lambda: {"x": zoo.image(channels=12)}),
     "pillars": (zoo.PillarNet, zoo.pillar_inputs),
     "stranger, shared backbone": (lambda: zoo.Stranger(shared=True), zoo.stranger_inputs),
     "stranger, two backbones": (lambda: zoo.Stranger(shared=False), zoo.stranger_inputs),
@@ -56,6 +59,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "groupnorm": {"a.weight": 16},
     "glu": {"a.weight": 8},
     "attention": {"v.weight": 8},
+    "attention heads": {"k.weight+q.weight+v.weight": 4},
     "pillars": {
         "camera.0.0.weight": 16,
         "camera.1.0.weight": 16,
@@ -179,6 +183,21 @@ def test_a_depthwise_multiplier_and_a_gated_unit_are_strides_and_offsets() -> No
     assert by_param(depthwise, "pw.0.weight") == {(1, 0, 2)}
     assert by_param(depthwise, "act.weight") == {(0, 0, 1)}
     assert by_param(build("glu")[2]["a.weight"], "a.weight") == {(0, 0, 1), (0, 8, 1)}
+
+
+def test_an_attention_head_is_one_channel_of_its_group_and_spans_its_size() -> None:
+    heads = build("attention heads")[2]["k.weight+q.weight+v.weight"]
+    for layer in "qkv":
+        assert by_param(heads, f"{layer}.weight") == by_param(heads, f"{layer}.bias") == {(0, 0, 4)}
+    assert by_param(heads, "out.weight") == {(1, 0, 4)}
+    assert heads.span == 4
+    assert ladder_widths(heads, PruneConfig(macs=0.5), 8, []) == (4, 2)  # two heads are eight channels
+    assert ladder_widths(heads, PruneConfig(macs=0.5, min_channels=4), 4, []) == (4, 3, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "decoder", "flatten", "glu"])
+def test_other_strides_span_one_channel_of_the_narrowest_layer(name: str) -> None:
+    assert {group.span for group in build(name)[2].groups} == {1}
 
 
 def test_batch_norm_buffers_layer_scales_and_norms_are_members() -> None:

@@ -7,6 +7,7 @@ weights file are all that a user's own class needs: `fusepress.load(model, "plan
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -69,6 +70,17 @@ class Group:
     def by_role(self, role: Role) -> tuple[Member, ...]:
         """Members of one role."""
         return tuple(member for member in self.members if member.role == role)
+
+    @property
+    def span(self) -> int:
+        """How many channels of the layers one of the group's is, at least: the head size of an attention head, else 1.
+
+        Every tensor that the group runs through loses a multiple of it with each of the group's channels.
+        """
+        taken: dict[tuple[str, int], int] = {}
+        for member in self.members:
+            taken[member.param, member.dim] = taken.get((member.param, member.dim), 0) + member.stride
+        return max(1, math.gcd(*taken.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,9 @@ def ladder_widths(
     Returns:
         The dense width; multiples of the step below it that keep the floors; 0 where the whole block may go.
     """
-    step = math.lcm(align, group.multiple)
-    lowest = max(1, config.min_channels, math.ceil(config.floor * group.width - 1e-9))
+    span = group.span  # alignment and the least width count the layers' channels, not attention heads
+    step = math.lcm(align // math.gcd(align, span), group.multiple)
+    lowest = max(1, math.ceil(config.min_channels / span), math.ceil(config.floor * group.width - 1e-9))
     if any(_inside(producer, path) for producer in group.producers for path in config.keep):
         notes.append(f"{group.id}: kept by prune.keep")
         return (group.width,)
