@@ -89,7 +89,9 @@ def match(
         taken[sample, limit, nearest] |= hit[:, rank]
     at = DISTANCES_M.index(ERROR_DISTANCE_M)
     matched = np.take_along_axis(truth_box, partner[:, :, at, None], axis=1)
-    error = np.where(hit[:, :, at, None], box_errors(box, matched), np.nan)
+    right = hit[:, :, at]  # empty places have no size
+    error = np.full((n, k, len(ERRORS)), np.nan)
+    error[right] = box_errors(box[right], matched[right])
     truths = (truth_category[:, :, None] == np.arange(classes)).sum(axis=1)
     return Matches(confidence=confidence, category=category, hit=hit, error=error, truths=truths)
 
