@@ -259,6 +259,23 @@ def metric_intervals(replicates: Replicates, *, compressed: bool = True) -> dict
     return {name: value for name, value in found.items() if value is not None}
 
 
+def drop_interval(replicates: Replicates, metric: str, direction: Direction) -> tuple[float, Interval | None]:
+    """How much worse the compressed model is than the dense one, paired; negative where it is better.
+
+    Args:
+        replicates: both models, drawn together.
+        metric: one of theirs.
+        direction: which way the metric is better.
+
+    Returns:
+        The drop over all samples, and its 95 % interval or None where that is undefined.
+    """
+    sign = 1 if direction == "max" else -1
+    drop = sign * (replicates.clean.dense[metric] - replicates.clean.compressed[metric])
+    drawn = replicates.clean.replicates[metric]
+    return drop, interval(drop, sign * (drawn[:, 0] - drawn[:, 1]), replicates.units)
+
+
 # ---------------------------------------------------------------------------------------------------- the stored file
 
 
@@ -504,10 +521,8 @@ def _judge_accuracy(numbers: _Numbers, metric: str, limit: float) -> Verdict:
     missing = numbers.missing(metric)
     if missing is not None or numbers.replicates is None:
         return _missing(gate, limit, missing or numbers.reason)
-    replicates, sign = numbers.replicates, numbers.sign(metric)
-    drop = sign * (replicates.clean.dense[metric] - replicates.clean.compressed[metric])
-    drawn = replicates.clean.replicates[metric]
-    found = interval(drop, sign * (drawn[:, 0] - drawn[:, 1]), replicates.units)
+    replicates = numbers.replicates
+    drop, found = drop_interval(replicates, metric, numbers.direction[metric])
     what = f"the drop of {metric} against the dense model"
     if found is None:
         return _undefined(gate, limit, drop, what)

@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fusepress.pipeline.errors import RecipeError
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
+TrainingFormat = Literal["auto", "fp32", "bf16", "fp16"]
+LoggerName = Literal["tensorboard", "mlflow"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -210,6 +212,15 @@ class FinetuneConfig(Section):
         clip: gradient norm limit.
         modality_dropout: chance that one modality of a batch is blanked.
         checkpoint_every: steps between resumable checkpoints.
+        precision: of the forward and backward passes (weights stay fp32): auto is bf16 (else fp16) on an accelerator
+            and fp32 on a CPU.
+        compile: run the student through torch.compile; where that fails, a warning says why and it runs without.
+        accumulate: batches whose gradients make one step.
+        freeze_batchnorm: batch norms use and keep their statistics; their weights and biases go on being trained.
+        deterministic: the same bits every time on a CPU; on CUDA as far as its kernels go (the log names the others).
+        log: loss curves for TensorBoard or MLflow too.
+        early_stop: stop when the accuracy gate is safely met on the calib split.
+        eval_every: steps between its looks.
     """
 
     steps: int = Field(default=400, ge=0)
@@ -230,6 +241,14 @@ class FinetuneConfig(Section):
     clip: float = Field(default=5.0, gt=0)
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     checkpoint_every: int = Field(default=50, ge=1)
+    precision: TrainingFormat = "auto"
+    compile: bool = False
+    accumulate: int = Field(default=1, ge=1)
+    freeze_batchnorm: bool = False
+    deterministic: bool = True
+    log: tuple[LoggerName, ...] = ()
+    early_stop: bool = False
+    eval_every: int = Field(default=50, ge=1)
 
     @model_validator(mode="after")
     def _something_to_teach(self) -> FinetuneConfig:
@@ -331,6 +350,15 @@ class Recipe(Section):
         if ":" not in value:
             raise ValueError("expected `path/to/file.py:ClassName`")
         return value
+
+    @model_validator(mode="after")
+    def _a_gate_to_stop_at(self) -> Recipe:
+        if self.finetune is not None and self.finetune.early_stop and self.gates.accuracy is None:
+            raise ValueError(
+                "expected `gates.accuracy` with `finetune.early_stop`, which stops where that gate is met; got none; "
+                "add gates.accuracy.max_drop"
+            )
+        return self
 
 
 class LoadedRecipe(BaseModel):

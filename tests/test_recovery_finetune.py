@@ -432,12 +432,14 @@ def test_float16_overflow_lowers_the_scale_until_it_is_hopeless() -> None:
     scale = amp.state()["scaler"]["scale"]
     for _ in range(SKIPS_IN_A_ROW - 1):
         optimizer.zero_grad()
-        amp.backward(model(torch.ones(1, 2)).sum() * math.inf, optimizer)
+        amp.backward(model(torch.ones(1, 2)).sum() * math.inf)
+        amp.unscale(optimizer)
         amp.step(optimizer, model, 1.0, "step 1")
     assert torch.equal(model.weight, before), "an overflow is no step"
     assert amp.state()["scaler"]["scale"] == scale * 0.5 ** (SKIPS_IN_A_ROW - 1)
     optimizer.zero_grad()
-    amp.backward(model(torch.ones(1, 2)).sum() * math.inf, optimizer)
+    amp.backward(model(torch.ones(1, 2)).sum() * math.inf)
+    amp.unscale(optimizer)
     with pytest.raises(TrainingError, match="infinity in the gradient of weight at step 20"):
         amp.step(optimizer, model, 1.0, "step 20")
 

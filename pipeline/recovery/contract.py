@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -26,6 +26,25 @@ class Masks(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look at the calib split (recovery/early_stop.py).
+
+    Attributes:
+        step: optimiser steps done.
+        value: the metric.
+        drop: how much worse than the dense model's; negative where it is better.
+        high: upper bound of the drop (95 % interval), or None where it has none.
+        met: the bound is within the gate's limit.
+    """
+
+    step: int
+    value: float
+    drop: float
+    high: float | None
+    met: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainProgress:
     """Where training is.
 
@@ -35,6 +54,7 @@ class TrainProgress:
         losses: named losses of the last step.
         lr: its learning rate.
         eta_s: seconds still to go at the present pace.
+        look: at the calib split, where this step had one.
     """
 
     step: int
@@ -42,6 +62,7 @@ class TrainProgress:
     losses: dict[str, float]
     lr: float
     eta_s: float
+    look: Look | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +74,15 @@ class FinetuneResult:
         history: at most about 200 points `{"step", "lr", "losses"}`, the last step among them.
         steps: optimiser steps made in all.
         resumed_from: the step of the checkpoint that this process went on from, or None.
+        precision: of the passes: fp32, bf16 or fp16; empty where the task trained by itself.
+        compiled: the student went through torch.compile.
+        looks: at the calib split; the last one stopped the run where it says so.
     """
 
     final_losses: dict[str, float]
     history: list[dict[str, Any]]
     steps: int
     resumed_from: int | None
+    precision: str = ""
+    compiled: bool = False
+    looks: list[Look] = field(default_factory=list)

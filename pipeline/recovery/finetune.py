@@ -8,22 +8,27 @@ count). An accelerator's kernels may sum in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fusepress.pipeline.errors import TrainingError
-from fusepress.pipeline.recipe import FinetuneConfig
+from fusepress.pipeline.errors import TaskError, TrainingError
+from fusepress.pipeline.graph.plan import PrunePlan
+from fusepress.pipeline.recipe import FinetuneConfig, TrainingFormat
 from fusepress.pipeline.recovery import rng
 from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
 from fusepress.pipeline.recovery.checkpoint import clear_checkpoints
 from fusepress.pipeline.recovery.contract import FinetuneResult, Masks, TrainProgress
 from fusepress.pipeline.recovery.distill import Distiller
+from fusepress.pipeline.recovery.early_stop import EarlyStop
+from fusepress.pipeline.recovery.features import teach_features
+from fusepress.pipeline.recovery.loggers import logging_to
 from fusepress.pipeline.recovery.optim import learning_rate
-from fusepress.pipeline.recovery.placement import all_tensors, lent, placed
-from fusepress.pipeline.recovery.precision import Amp, Format
+from fusepress.pipeline.recovery.placement import all_tensors, lent, on_device, placed
+from fusepress.pipeline.recovery.precision import Amp
 from fusepress.pipeline.recovery.trainer import Trainer
 from fusepress.pipeline.recovery.userfit import FitHooks, fit_by_user
 from fusepress.pipeline.task import LoadedTask
@@ -50,7 +55,10 @@ def finetune(
     masks: Masks | None = None,
     progress: Callable[[TrainProgress], None] | None = None,
     device: torch.device | None = None,
-    precision: Format = "auto",
+    precision: TrainingFormat | None = None,
+    stop: EarlyStop | None = None,
+    experts: Mapping[str, nn.Module] | None = None,
+    plan: PrunePlan | None = None,
 ) -> FinetuneResult:
     """Train a model in place, with the dense model as teacher, by our loop or by the task's own `fit`.
 
@@ -68,12 +76,17 @@ def finetune(
         masks: sparsity that holds through training.
         progress: called after every step.
         device: where to train; default: the accelerator if there is one.
-        precision: default: autocast to bf16 (else fp16) on an accelerator, fp32 on a CPU.
+        precision: in place of `config.precision`.
+        stop: when the model is good enough (`config.early_stop`); looked at every `config.eval_every` steps.
+        experts: by name; each teaches the outputs that it returns, in place of the dense model, which may be None
+            where they teach all that is taught. They are not changed.
+        plan: what the student kept of the dense model; only features (`config.distill_features`) need it.
 
     Raises:
         TrainingError: a loss, a gradient or a weight became NaN or infinite; or the task's `fit` failed.
         TaskError: the task's losses or outputs cannot be trained on.
         StoreError: a checkpoint cannot be written.
+        UsageError: a package that `config.log` needs is not installed.
     """
     if masks is not None:
         masks.apply(student)
@@ -82,15 +95,20 @@ def finetune(
         return FinetuneResult(final_losses={}, history=[], steps=0, resumed_from=None)
     home = next(iter(student.parameters())).device
     device = device or torch.device("cuda" if torch.cuda.is_available() else home)
-    with placed(student, device, home), lent(teacher if config.distill else None, device) as guide:
-        with rng.scope(seed, device):
-            distiller = _distiller(guide, task, config, seed, device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(placed(student, device, home))
+        for model in (teacher, *(experts or {}).values()) if config.distill else ():
+            stack.enter_context(lent(model, device))
+        with rng.scope(seed, device, deterministic=config.deterministic), _told(progress, config, workdir) as tell:
+            distiller = stack.enter_context(
+                _distilled(student, teacher, experts or {}, plan, task, config, seed, device)
+            )
             if task.offers("fit"):
-                result = fit_by_user(student, distiller, task, config, seed, workdir, masks, progress)
+                result = fit_by_user(student, distiller, task, config, seed, workdir, masks, tell)
             else:
-                amp = Amp(precision, device)
-                trainer = Trainer(student, distiller, task, config, seed, device, amp, masks)
-                result = trainer.run(workdir, progress)
+                amp = Amp(precision or config.precision, device)
+                trainer = Trainer(student, distiller, task, config, seed, amp, masks, stop)
+                result = trainer.run(workdir, tell)
         if masks is not None:
             masks.check(student)
         _check_weights(student)
@@ -98,14 +116,66 @@ def finetune(
     return result
 
 
-def _distiller(
-    teacher: nn.Module | None, task: LoadedTask, config: FinetuneConfig, seed: int, device: torch.device
-) -> Distiller | None:
-    if teacher is None or config.distill_weight == 0:
-        return None
-    distiller = Distiller(teacher=teacher, task=task, temperature=config.temperature)
-    distiller.measure_scales(seed, device)
-    return distiller
+@contextlib.contextmanager
+def _told(
+    progress: Callable[[TrainProgress], None] | None, config: FinetuneConfig, workdir: Path
+) -> Iterator[Callable[[TrainProgress], None] | None]:
+    """The caller's listener and those of the recipe's loggers as one."""
+    if not config.log:
+        yield progress
+        return
+    with logging_to(config.log, workdir) as log:
+
+        def tell(now: TrainProgress) -> None:
+            log(now)
+            if progress is not None:
+                progress(now)
+
+        yield tell
+
+
+@contextlib.contextmanager
+def _distilled(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    experts: Mapping[str, nn.Module],
+    plan: PrunePlan | None,
+    task: LoadedTask,
+    config: FinetuneConfig,
+    seed: int,
+    device: torch.device,
+) -> Iterator[Distiller | None]:
+    """What teaches the student, measured and with its taps on; None where the recipe wants nothing of it."""
+    outputs, features = config.distill_weight > 0, config.distill_features > 0
+    if not config.distill or (teacher is None and not experts) or not (outputs or features):
+        yield None
+        return
+    taught = None
+    if features:
+        if teacher is None:
+            raise TaskError(
+                "expected the dense model as a teacher of features; got experts alone; set finetune.distill_features "
+                "to 0, or give the dense model too"
+            )
+        batch = on_device(rng.draw(task.train_batches(seed), seed, 0), device)
+        taught = teach_features(student, teacher, plan, batch.inputs, task.branches, config.distill_points)
+    distiller = Distiller(
+        teacher=teacher,
+        task=task,
+        temperature=config.temperature,
+        experts=experts,
+        weight=config.distill_weight,
+        normalise=config.distill_normalise,
+        features=taught,
+        feature_weight=config.distill_features,
+    )
+    try:
+        if outputs:
+            distiller.measure_scales(seed, device)
+        yield distiller
+    finally:
+        if taught is not None:
+            taught.close()
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.batchnorm import tracking_norms
 from fusepress.pipeline.recovery.distill import Distiller
 from fusepress.pipeline.recovery.precision import Amp
+from fusepress.pipeline.recovery.weighting import make_weighting
 from fusepress.pipeline.task import Batch, LoadedTask
 
 _MODALITY_STREAM = 0x6D64  # keeps the draws of modality dropout apart from other uses of (seed, step)
@@ -36,30 +37,36 @@ class Objective:
     ) -> None:
         self.student, self.distiller, self.task, self.config = student, distiller, task, config
         self.seed, self.amp = seed, amp
+        self.compiled: Callable[..., Any] | None = None  # of the student
+        self.weighting = make_weighting(student, task, config, seed)
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The task's losses and, weighted, those of distillation.
 
         Args:
             batch: on the student's device.
-            step: number of the batch in the run; it draws which modality is dead.
+            step: number of the batch in the run (not of the optimiser's step); it draws which modality is dead.
         """
         batch, dead = self._drop_modality(batch, step)
         with contextlib.ExitStack() as stack:
             if dead is not None:
                 stack.enter_context(_norms_in_eval(self.student))
-            for model in (self.student, self.distiller.teacher if self.distiller else None):
-                if model is not None and dead:
+            for model in (self.student, *(self.distiller.models if self.distiller else [])):
+                if dead:
                     stack.enter_context(_zeroed(model, dead))
             with self.amp.autocast():
-                outputs = self.task.as_dict(self.student(**batch.inputs))
+                outputs = self.task.as_dict(self._forward(dead)(**batch.inputs))
                 wanted = self.distiller.outputs(batch.inputs) if self.distiller else {}
         outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
         losses = dict(self.task.losses(outputs, batch))
         if self.distiller is not None:
-            for name, loss in self.distiller.losses(outputs, wanted).items():
-                losses[name] = self.config.distill_weight * loss
+            done = step / (self.config.steps * self.config.accumulate)
+            losses |= self.distiller.weighted(outputs, wanted, batch, done=done)
         return losses
+
+    def _forward(self, dead: list[str] | None) -> Callable[..., Any]:
+        """The compiled student where there is one; a compiled graph does not see the hooks that zero a branch."""
+        return self.student if self.compiled is None or dead else self.compiled
 
     def _drop_modality(self, batch: Batch, step: int) -> tuple[Batch, list[str] | None]:
         """At times a batch with one modality dead.
@@ -75,12 +82,13 @@ class Objective:
         blanked = blank(self.task, batch, modality)
         return (batch, self.task.branches[modality]) if blanked is None else (blanked, [])
 
-    def total(self, losses: Mapping[str, Tensor], where: str) -> Tensor:
-        """What is minimised: the sum of the losses.
+    def total(self, losses: Mapping[str, Tensor], where: str, share: float = 1.0) -> Tensor:
+        """What is minimised: the sum of the losses, with the weights of the recipe or those learned so far.
 
         Args:
             losses: named scalars.
             where: the step, for the messages.
+            share: of the batch in the step.
 
         Raises:
             TaskError: a loss is no scalar, or none depends on a parameter that is trained.
@@ -97,7 +105,7 @@ class Objective:
                     f"expected finite losses; got {name} = {float(loss.detach())} at {where}; lower finetune.lr, or "
                     "check these samples' inputs and labels"
                 )
-        total = torch.stack([loss.float().reshape(()) for loss in losses.values()]).sum()
+        total = self.weighting.total(losses, share)
         if not total.requires_grad:
             raise TaskError(
                 f"expected losses that depend on trainable parameters; got none at {self.task.name}.losses; compute "
@@ -123,7 +131,8 @@ def _norms_in_eval(model: nn.Module) -> Iterator[None]:
 def _zeroed(model: nn.Module, paths: list[str]) -> Iterator[None]:
     """Modules whose outputs are zero: a dead branch, where the task does not say which inputs are its."""
     modules = dict(model.named_modules())
-    hooks = [modules[path].register_forward_hook(lambda _m, _i, out: _zeros(out)) for path in paths]
+    there = [modules[path] for path in paths if path in modules]  # an expert may lack a branch
+    hooks = [module.register_forward_hook(lambda _m, _i, out: _zeros(out)) for module in there]
     try:
         yield
     finally:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import TrainingError
+from fusepress.pipeline.recipe import TrainingFormat
 
-Format = Literal["auto", "fp32", "bf16", "fp16"]
 SKIPS_IN_A_ROW = 20
 
 
@@ -21,14 +21,14 @@ class Amp:
         format: fp32, bf16 or fp16; "auto" became one of them: bf16 where the accelerator has it.
     """
 
-    def __init__(self, wanted: Format, device: torch.device) -> None:
+    def __init__(self, wanted: TrainingFormat, device: torch.device) -> None:
         self.device = device
         self.format = self._resolve(wanted, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.format == "fp16")
         self._skipped = 0
 
     @staticmethod
-    def _resolve(wanted: Format, device: torch.device) -> Format:
+    def _resolve(wanted: TrainingFormat, device: torch.device) -> TrainingFormat:
         if wanted != "auto":
             return wanted
         if device.type != "cuda":
@@ -42,9 +42,12 @@ class Amp:
         dtype = torch.bfloat16 if self.format == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def backward(self, total: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients of the loss, in true scale when it returns."""
+    def backward(self, total: Tensor) -> None:
+        """Add the gradients of a loss, in the present scale: `unscale` brings the sum of all to true scale."""
         self._scaler.scale(total).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients in true scale; once a step, after its last `backward`."""
         self._scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, clip: float, where: str) -> None:

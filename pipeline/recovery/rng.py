@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from torch import Tensor
 from fusepress.pipeline.task import Batch
 
 _WORD = 2**64
+logger = logging.getLogger(__name__)
 _fill: Any = torch.utils.deterministic  # its flag is a property of the module, which type checkers do not see
 
 
@@ -56,28 +59,71 @@ def seed_all(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def scope(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeded generators and deterministic CPU kernels inside; the caller's state comes back afterwards.
+def scope(seed: int, device: torch.device, *, deterministic: bool = True) -> Iterator[None]:
+    """Seeded generators and repeatable kernels inside; the caller's state comes back afterwards.
 
-    Without them an indexed gradient is summed in the order in which threads arrive, so a run would not be repeatable.
-    Accelerator kernels are left as they are: some have no deterministic form.
+    On a CPU the same thread count then gives the same bits. Without repeatable kernels an indexed gradient is summed in
+    the order in which threads arrive. CUDA promises less: kernels that have a deterministic form use it (slower), those
+    without one (the gradients of grid_sample and MaxPool3d, histc and more: see torch.use_deterministic_algorithms)
+    sum in any order, and the log names each that was met. Another GPU model, driver or library may give other bits in
+    any case.
+
+    Args:
+        seed: of all generators.
+        device: where the work is done.
+        deterministic: False leaves all kernels as they are.
     """
-    kept = capture(device)
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    with kept(device), _repeatable(device) if deterministic else contextlib.nullcontext():
+        seed_all(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = _fill.fill_uninitialized_memory
+    filling, benchmark = _fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
     try:
-        with warnings.catch_warnings():
-            seed_all(seed)
-            if device.type == "cpu":
-                warnings.filterwarnings("ignore", message=".*deterministic")
-                torch.use_deterministic_algorithms(True, warn_only=True)
-                _fill.fill_uninitialized_memory = False
+        with _named_once():
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
+            _fill.fill_uninitialized_memory = False
             yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        _fill.fill_uninitialized_memory = filling
-        restore(*kept, device)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        _fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark = filling, benchmark
+
+
+@contextlib.contextmanager
+def _named_once() -> Iterator[None]:
+    """What has no deterministic form is told in the log, once each, instead of a warning at every step."""
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=".*deterministic")
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, *rest: Any, **named: Any) -> None:
+            text = str(message)
+            if "deterministic" not in text:
+                show(message, *rest, **named)
+            elif text not in seen:
+                seen.add(text)
+                logger.warning("results may differ from run to run: %s", text.partition(". ")[0])
+
+        warnings.showwarning = tell
+        yield
+
+
+@contextlib.contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards what they were."""
+    state = capture(device)
+    try:
+        yield
+    finally:
+        restore(*state, device)
 
 
 def draw(batches: Iterator[Batch], seed: int, step: int) -> Batch:
@@ -85,13 +131,9 @@ def draw(batches: Iterator[Batch], seed: int, step: int) -> Batch:
 
     A data loader takes numbers from the global generator when it starts, which after a resume is at another step.
     """
-    cpu = torch.device("cpu")
-    kept = capture(cpu)
-    try:
+    with kept(torch.device("cpu")):
         words = np.random.SeedSequence([seed, step]).generate_state(2, np.uint32)
         torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
         np.random.seed(int(words[0]))  # noqa: NPY002
         random.seed(int(words[1]))
         return next(batches)
-    finally:
-        restore(*kept, cpu)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery import rng
+from fusepress.pipeline.recovery.batchnorm import tracking_norms
 from fusepress.pipeline.recovery.checkpoint import TrainState, load_checkpoint, save_checkpoint, tensors_sha256
-from fusepress.pipeline.recovery.contract import HISTORY_POINTS, FinetuneResult, Masks, TrainProgress
+from fusepress.pipeline.recovery.compiled import try_compile
+from fusepress.pipeline.recovery.contract import HISTORY_POINTS, FinetuneResult, Look, Masks, TrainProgress
 from fusepress.pipeline.recovery.distill import Distiller
+from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.objective import Objective
 from fusepress.pipeline.recovery.optim import adamw, learning_rate
 from fusepress.pipeline.recovery.placement import all_tensors, on_device
@@ -36,60 +41,113 @@ class Trainer:
         task: LoadedTask,
         config: FinetuneConfig,
         seed: int,
-        device: torch.device,
         amp: Amp,
         masks: Masks | None,
+        stop: EarlyStop | None,
     ) -> None:
         self.student, self.task, self.config = student, task, config
-        self.seed, self.device, self.amp, self.masks = seed, device, amp, masks
+        self.seed, self.device, self.amp, self.masks, self.stop = seed, amp.device, amp, masks, stop
         self.objective = Objective(student, distiller, task, config, seed, amp)
-        self.identity = _identity(student, distiller, config, seed, amp.format, masks)
+        self._train_mode()
+        if config.compile:
+            self.objective.compiled = try_compile(student, self._first_inputs(), amp)
+        self.identity = self._identity(distiller)
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.trained, config)
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if config.ema else {}
         self.step = 0
         self.losses: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
+        self.looks: list[Look] = []
 
     def run(self, workdir: Path, progress: Callable[[TrainProgress], None] | None) -> FinetuneResult:
         """All steps that are still to be made, then the averaged weights into the model."""
         steps = self.config.steps
         resumed_from = self._resume(workdir)
         first, began = self.step, time.monotonic()
-        batches = self.task.train_batches(self.seed, start=self.step)
-        self.student.train()
-        while self.step < steps:
+        batches = self.task.train_batches(self.seed, start=self.step * self.config.accumulate)
+        while not self._done():
             lr = learning_rate(self.config, self.step)
-            self.losses = self._train_step(rng.draw(batches, self.seed, self.step), lr)
+            self.losses = self._train_step(batches, lr)
             self.step += 1
-            if self.step % max(1, steps // HISTORY_POINTS) == 0 or self.step == steps:
-                self.history.append({"step": self.step, "lr": lr, "losses": self.losses})
-            if self.step % self.config.checkpoint_every == 0 or self.step == steps:
+            look = self._look()
+            if self.step % max(1, steps // HISTORY_POINTS) == 0 or self._done():
+                weights = self.objective.weighting.weights
+                point = {"step": self.step, "lr": lr, "losses": self.losses}
+                self.history.append({**point, "weights": weights} if weights else point)
+            if self.step % self.config.checkpoint_every == 0 or self._done():
                 save_checkpoint(workdir, self._state(), self.identity)
             if progress is not None:
                 pace = (time.monotonic() - began) / (self.step - first)
-                eta = pace * (steps - self.step)
-                progress(TrainProgress(step=self.step, steps=steps, losses=dict(self.losses), lr=lr, eta_s=eta))
+                eta = 0.0 if self._done() else pace * (steps - self.step)
+                told = dict(self.losses)
+                progress(TrainProgress(step=self.step, steps=steps, losses=told, lr=lr, eta_s=eta, look=look))
         self._take_average()
         return FinetuneResult(
-            final_losses=dict(self.losses), history=self.history, steps=self.step, resumed_from=resumed_from
+            final_losses=dict(self.losses),
+            history=self.history,
+            steps=self.step,
+            resumed_from=resumed_from,
+            precision=self.amp.format,
+            compiled=self.objective.compiled is not None,
+            looks=self.looks,
         )
 
-    def _train_step(self, batch: Batch, lr: float) -> dict[str, float]:
+    def _done(self) -> bool:
+        return self.step >= self.config.steps or (bool(self.looks) and self.looks[-1].met)
+
+    def _train_mode(self) -> None:
+        self.student.train()
+        if self.config.freeze_batchnorm:
+            for norm in tracking_norms(self.student):
+                norm.eval()
+
+    def _first_inputs(self) -> dict[str, Tensor]:
+        batch = rng.draw(self.task.train_batches(self.seed), self.seed, 0)
+        return on_device(batch, self.device).inputs
+
+    def _train_step(self, batches: Iterator[Batch], lr: float) -> dict[str, float]:
+        """One step on `accumulate` batches, each of which counts as much as it has samples."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        where = f"step {self.step + 1} of {self.config.steps} (learning rate {lr:.2e}, samples {_some(batch)})"
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.objective.losses(on_device(batch, self.device), self.step)
-        total = self.objective.total(losses, where)
-        self.amp.backward(total, self.optimizer)
+        first = self.step * self.config.accumulate
+        parts = [rng.draw(batches, self.seed, first + part) for part in range(self.config.accumulate)]
+        samples = sum(batch.size for batch in parts)
+        losses: dict[str, float] = {}
+        for number, batch in enumerate(parts, start=first):
+            share = batch.size / samples
+            for name, loss in self._backward(batch, number, share, self._where([batch], lr)).items():
+                losses[name] = losses.get(name, 0.0) + share * loss
+        self.amp.unscale(self.optimizer)
         if self.masks is not None:
             self.masks.apply_to_gradients(self.student)
-        self.amp.step(self.optimizer, self.student, self.config.clip, where)
+        self.amp.step(self.optimizer, self.student, self.config.clip, self._where(parts, lr))
         if self.masks is not None:
             self.masks.apply(self.student)
+        self.objective.weighting.update()
         self._update_average()
+        return losses
+
+    def _backward(self, batch: Batch, number: int, share: float, where: str) -> dict[str, float]:
+        losses = self.objective.losses(on_device(batch, self.device), number)
+        total = self.objective.total(losses, where, share)
+        self.amp.backward(total if share == 1 else share * total)
         return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _where(self, batches: Sequence[Batch], lr: float) -> str:
+        samples = _some([str(sample_id) for batch in batches for sample_id in batch.sample_ids])
+        return f"step {self.step + 1} of {self.config.steps} (learning rate {lr:.2e}, samples {samples})"
+
+    def _look(self) -> Look | None:
+        """At what the model would be, were this the last step."""
+        if self.stop is None or self.step % self.config.eval_every:
+            return None
+        with self._averaged(), rng.kept(self.device):
+            look = self.stop.look(self.student, self.step)
+        self._train_mode()
+        self.looks.append(look)
+        return look
 
     def _update_average(self) -> None:
         """Exponential average; its decay grows from 0.18, so that a short run does not keep its start."""
@@ -97,6 +155,18 @@ class Trainer:
         with torch.no_grad():
             for name, value in self.average.items():
                 value.lerp_(self.trained[name], 1 - decay)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights inside; those in training come back."""
+        kept = {name: self.trained[name].detach().clone() for name in self.average}
+        self._take_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.trained[name].copy_(value)
 
     def _take_average(self) -> None:
         with torch.no_grad():
@@ -108,12 +178,14 @@ class Trainer:
     def _state(self) -> TrainState:
         tensors = {f"model/{name}": value for name, value in all_tensors(self.student).items()}
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        tensors |= {f"weighting/{name}": value for name, value in self.objective.weighting.state().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adamw/{key}/{name}"] = value
         drawn, info = rng.capture(self.device)
         tensors |= {f"rng/{name}": value for name, value in drawn.items()}
-        rest = {"rng": info, "amp": self.amp.state(), "losses": self.losses, "history": self.history}
+        looks = [asdict(look) for look in self.looks]
+        rest = {"rng": info, "amp": self.amp.state(), "losses": self.losses, "history": self.history, "looks": looks}
         return TrainState(step=self.step, tensors=tensors, info=rest)
 
     def _resume(self, workdir: Path) -> int | None:
@@ -127,10 +199,14 @@ class Trainer:
             for name, value in self.average.items():
                 value.copy_(saved[f"average/{name}"])
             self._resume_moments(saved)
+        prefix = "weighting/"
+        learned = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+        self.objective.weighting.load(learned)
         drawn = {name.removeprefix("rng/"): value for name, value in saved.items() if name.startswith("rng/")}
         rng.restore(drawn, state.info["rng"], self.device)
         self.amp.load(state.info["amp"])
         self.step, self.losses, self.history = state.step, state.info["losses"], state.info["history"]
+        self.looks = [Look(**look) for look in state.info["looks"]]
         return state.step
 
     def _resume_moments(self, saved: Mapping[str, Tensor]) -> None:
@@ -143,31 +219,24 @@ class Trainer:
                 like = value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
                 self.optimizer.state[parameter][key] = like
 
-
-def _identity(
-    student: nn.Module,
-    distiller: Distiller | None,
-    config: FinetuneConfig,
-    seed: int,
-    precision: str,
-    masks: Masks | None,
-) -> str:
-    """Hash of all that a run's result depends on, but for the data and the task's source."""
-    parts = {
-        "version": VERSION,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "config": config.model_dump(mode="json"),
-        "seed": seed,
-        "precision": precision,
-        "student": tensors_sha256(all_tensors(student)),
-        "trainable": sorted(name for name, p in student.named_parameters() if p.requires_grad),
-        "teacher": tensors_sha256(all_tensors(distiller.teacher)) if distiller else None,
-        "masks": tensors_sha256(masks.masks) if masks is not None else None,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _identity(self, distiller: Distiller | None) -> str:
+        """Hash of all that a run's result depends on, but for the data and the task's source."""
+        parts = {
+            "version": VERSION,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "config": self.config.model_dump(mode="json", exclude={"log"}),
+            "seed": self.seed,
+            "precision": self.amp.format,
+            "compiled": self.objective.compiled is not None,
+            "stop": self.stop.identity if self.stop is not None else None,
+            "student": tensors_sha256(all_tensors(self.student)),
+            "trainable": sorted(name for name, p in self.student.named_parameters() if p.requires_grad),
+            "teacher": tensors_sha256(distiller.tensors()) if distiller else None,
+            "masks": tensors_sha256(self.masks.masks) if self.masks is not None else None,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _some(batch: Batch) -> str:
-    ids = [str(sample_id) for sample_id in batch.sample_ids]
+def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:4]) + (", ..." if len(ids) > 4 else "")

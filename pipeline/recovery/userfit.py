@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,9 @@ from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.contract import HISTORY_POINTS, FinetuneResult, Masks, TrainProgress
 from fusepress.pipeline.recovery.distill import Distiller
 from fusepress.pipeline.task import Batch, LoadedTask
+
+OF_OUR_LOOP = ("precision", "compile", "accumulate", "freeze_batchnorm", "early_stop", "loss_weights")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class FitHooks:
     workdir: Path
     steps: int
     history: list[dict[str, Any]] = field(default_factory=list)
-    _weight: float = 1.0
+    _steps_done: int = 0
     _distiller: Distiller | None = None
     _masks: Masks | None = None
     _listener: Callable[[TrainProgress], None] | None = None
@@ -46,6 +50,7 @@ class FitHooks:
 
     def after_step(self) -> None:
         """To be called after every optimiser step: zeroes the masked weights again."""
+        self._steps_done += 1
         if self._masks is not None:
             self._masks.apply(self.student)
 
@@ -60,8 +65,9 @@ class FitHooks:
         if self._distiller is None:
             return torch.zeros((), device=device)
         wanted = self._distiller.outputs({name: value.to(device) for name, value in batch.inputs.items()})
-        losses = self._distiller.losses(self._distiller.task.as_dict(outputs), wanted)
-        return self._weight * torch.stack(list(losses.values())).sum()
+        student = self._distiller.task.as_dict(outputs)
+        losses = self._distiller.weighted(student, wanted, batch, done=self._steps_done / self.steps)
+        return torch.stack(list(losses.values())).sum()
 
     def progress(self, step: int, losses: Mapping[str, float], lr: float | None = None) -> None:
         """To be called now and then with the number of steps done and the named losses.
@@ -85,6 +91,12 @@ class FitHooks:
             self._listener(TrainProgress(step=step, steps=self.steps, losses=numbers, lr=rate, eta_s=eta))
 
 
+def _not_followed(config: FinetuneConfig) -> list[str]:
+    """The recipe's keys that ask something of the loop, which here is the task's."""
+    plain = FinetuneConfig()
+    return [name for name in OF_OUR_LOOP if getattr(config, name) != getattr(plain, name)]
+
+
 def fit_by_user(
     student: nn.Module,
     distiller: Distiller | None,
@@ -97,13 +109,15 @@ def fit_by_user(
 ) -> FinetuneResult:
     """The task's own trainer, under our masks and with our teacher; it resumes by itself, if it can."""
     workdir.mkdir(parents=True, exist_ok=True)
+    ignored = _not_followed(config)
+    if ignored:
+        logger.warning("the task's own fit trains: it is not told of finetune.%s", ", finetune.".join(ignored))
     hooks = FitHooks(
         student=student,
         lr=config.lr,
         seed=seed,
         workdir=workdir,
         steps=config.steps,
-        _weight=config.distill_weight,
         _distiller=distiller,
         _masks=masks,
         _listener=progress,

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.teachers import expert_models, teacher_inputs
 from fusepress.pipeline.store import KeyParts
 
+if TYPE_CHECKING:
+    from fusepress.pipeline.recovery.contract import FinetuneResult, Look
+    from fusepress.pipeline.recovery.early_stop import EarlyStop
 
-def train(ctx: Context, model: Any, config: FinetuneConfig, work: Path, masks: Any = None) -> dict[str, Any]:
-    """Fine-tune in place with the recipe's distillation; returns details for the report."""
+
+def training_key(ctx: Context, config: FinetuneConfig) -> dict[str, Any]:
+    """What of a training section shapes the weights: all but the loggers, and the gate where it stops the run."""
+    key = config.model_dump(mode="json", exclude={"log"})
+    gate = ctx.recipe.gates.accuracy
+    return {**key, "gate": gate.model_dump(mode="json")} if config.early_stop and gate is not None else key
+
+
+def train(
+    ctx: Context, model: Any, config: FinetuneConfig, work: Path, masks: Any = None, *, out: Path | None = None
+) -> dict[str, Any]:
+    """Fine-tune in place with the recipe's distillation; returns details for the report.
+
+    Args:
+        ctx: the run.
+        model: trained in place.
+        config: how.
+        work: for checkpoints and, while training lasts, the files of the recipe's loggers.
+        masks: sparsity that holds through training.
+        out: where those files end up.
+    """
+    from fusepress.pipeline.graph.plan import PrunePlan
     from fusepress.pipeline.recovery.finetune import finetune
+    from fusepress.pipeline.recovery.loggers import log_folder
 
     teacher = common.dense_model(ctx) if config.distill else None
 
@@ -25,8 +53,55 @@ def train(ctx: Context, model: Any, config: FinetuneConfig, work: Path, masks: A
             0.8 * progress.step / max(1, progress.steps), f"step {progress.step}/{progress.steps} loss {loss:.4f}{eta}"
         )
 
-    result = finetune(model, teacher, ctx.task, config, seed=ctx.recipe.seed, workdir=work, masks=masks, progress=tell)
-    return {"steps": config.steps, "final_losses": result.final_losses, "history": result.history}
+    for name in config.log:
+        ctx.reporter.line(f"{name} logs are in {log_folder(work, name)} while training lasts")
+    result = finetune(
+        model,
+        teacher,
+        ctx.task,
+        config,
+        seed=ctx.recipe.seed,
+        workdir=work,
+        masks=masks,
+        progress=tell,
+        stop=_early_stop(ctx) if config.early_stop else None,
+        experts=expert_models(ctx, config),
+        plan=PrunePlan.read(ctx.artifacts["plan"]) if "plan" in ctx.artifacts else None,
+    )
+    for name in config.log:
+        if out is not None and log_folder(work, name).is_dir():
+            shutil.copytree(log_folder(work, name), out / name)
+    return _details(ctx, config, result)
+
+
+def _early_stop(ctx: Context) -> EarlyStop | None:
+    from fusepress.pipeline.recovery.early_stop import EarlyStop
+
+    gate = ctx.recipe.gates.accuracy
+    if gate is None:
+        return None
+    dense = evaluate(ctx.task, torch_predict(ctx.task, common.dense_model(ctx)), "calib")
+    return EarlyStop(ctx.task, dense, max_drop=gate.max_drop, metric=gate.metric, seed=ctx.recipe.seed)
+
+
+def _details(ctx: Context, config: FinetuneConfig, result: FinetuneResult) -> dict[str, Any]:
+    details: dict[str, Any] = {"steps": result.steps, "final_losses": result.final_losses, "history": result.history}
+    if result.precision:
+        details["precision"] = result.precision
+    if config.compile and result.precision:
+        details["compiled"] = result.compiled
+    gate = ctx.recipe.gates.accuracy
+    if config.early_stop and gate is not None and result.looks:
+        details["looks"] = [asdict(look) for look in result.looks]
+        details["early_stop"] = early_stop_words(result.looks[-1], config.steps, gate.max_drop)
+    return details
+
+
+def early_stop_words(last: Look, steps: int, limit: float) -> str:
+    """How the last look at the calib split went, for the report."""
+    bound = "has no bound" if last.high is None else f"is at most {last.high:.4g} (95 %)"
+    found = f"the drop on the calib split, {last.drop:.4g}, {bound}; the gate allows {limit:.4g}"
+    return f"stopped after step {last.step} of {steps}: {found}" if last.met else f"did not stop the run: {found}"
 
 
 class Finetune:
@@ -34,6 +109,7 @@ class Finetune:
 
     name = "finetune"
     version = 1
+    every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
         """Optional."""
@@ -45,21 +121,19 @@ class Finetune:
         return key_parts(
             ctx,
             self,
-            config={
-                **ctx.recipe.finetune.model_dump(mode="json"),
-                "seed": ctx.recipe.seed,
-            },
-            inputs=("dense_weights", "weights", "plan"),
+            config={**training_key(ctx, ctx.recipe.finetune), "seed": ctx.recipe.seed},
+            inputs=("dense_weights", "weights", "plan", *teacher_inputs(ctx)),
             splits=("train", "calib", "eval"),
             tools=("torch", "numpy"),
             trains=True,
+            shards_steps=True,
         )
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write the recovered weights."""
         assert ctx.recipe.finetune is not None
         model = common.current_model(ctx)
-        details = train(ctx, model, ctx.recipe.finetune, work)
+        details = train(ctx, model, ctx.recipe.finetune, work, out=out)
         common.save_weights(model, out / "finetuned.safetensors")
         accuracy, _ = common.torch_accuracy(ctx, model, 0.8, 0.95)
         measurements = [
