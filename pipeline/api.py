@@ -131,6 +131,7 @@ def make_context(loaded: LoadedRecipe, reporter: Reporter) -> Context:
     check_legality(profile, precision, sparsity=recipe.sparsify is not None)
     _check_onnx_start(recipe)
     from fusepress.pipeline.stages.base import Context
+    from fusepress.pipeline.stages.teachers import find_teachers
     from fusepress.pipeline.task import load_task
 
     data = loaded.resolve(recipe.data) if recipe.data is not None else None
@@ -139,7 +140,7 @@ def make_context(loaded: LoadedRecipe, reporter: Reporter) -> Context:
     task = load_task(recipe.task, base=loaded.base, data=data)
     _check_names(recipe, task)
     checkpoint = _find_checkpoint(loaded, task)
-    return Context(
+    ctx = Context(
         loaded=loaded,
         task=task,
         profile=profile,
@@ -149,6 +150,8 @@ def make_context(loaded: LoadedRecipe, reporter: Reporter) -> Context:
         checkpoint_sha256=sha256_file(checkpoint) if checkpoint is not None else "train_dense",
         reporter=reporter,
     )
+    find_teachers(ctx)
+    return ctx
 
 
 def release_precision(recipe: Recipe, profile: Profile) -> Any:

@@ -115,6 +115,21 @@ class LoadedTask:
         model: nn.Module = self.user.build_model()
         return model
 
+    def build_expert(self, name: str) -> nn.Module:
+        """The architecture of an expert, which teaches the outputs that it returns.
+
+        Raises:
+            TaskError: the task knows no such expert.
+        """
+        try:
+            model: nn.Module = self.user.build_expert(name)
+        except (KeyError, ValueError) as error:
+            raise TaskError(
+                f"expected {self.name}.build_expert to know the expert {name!r}; got {type(error).__name__}: {error}; "
+                "correct finetune.teachers in the recipe, or the task"
+            ) from error
+        return model
+
     def batches(self, split: Split, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Batches of a split; `start` skips that many, `rank` of `world` takes its share."""
         iterator: Iterator[Batch] = iter(self.user.batches(split, seed, start=start, rank=rank, world=world))

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import all_reduce_
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery import rng
@@ -34,7 +35,8 @@ Reduce = Callable[[Tensor], Tensor]
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def _alone(value: Tensor) -> Tensor:
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    all_reduce_([value], "mean")
     return value
 
 
@@ -53,7 +55,7 @@ class Weighting(Protocol):
             share: of the batch in the optimiser step; the sum is not multiplied by it.
         """
 
-    def update(self, mean_over_ranks: Reduce = _alone) -> None:
+    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
         """Learn from the batches since the last update; called once an optimiser step."""
 
     def state(self) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ class Fixed:
             )
         return _sum({name: self._factors[name] * x if name in self._factors else x for name, x in losses.items()})
 
-    def update(self, mean_over_ranks: Reduce = _alone) -> None:
+    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
         """Nothing to learn."""
 
     def state(self) -> dict[str, Tensor]:
@@ -189,7 +191,7 @@ class Uncertainty(_Learned):
         weights = self.weights
         return _sum({name: weights[name] * loss if name in mine else loss for name, loss in losses.items()})
 
-    def update(self, mean_over_ranks: Reduce = _alone) -> None:
+    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
         """One step of every s along its derivative, 1 - exp(-s) L."""
         means = self._means(mean_over_ranks)
         s = torch.stack([number.detach() for number in self._numbers.values()])
@@ -245,7 +247,7 @@ class GradNorm(_Learned):
         ]
         return torch.cat(wide)
 
-    def update(self, mean_over_ranks: Reduce = _alone) -> None:
+    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
         """Where a measurement was due: one step of every weight, and their scaling to their number."""
         due = self._step % self._every == 0
         self._step += 1

@@ -10,6 +10,7 @@ from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.stages.finetune import train
+from fusepress.pipeline.stages.teachers import teacher_inputs
 from fusepress.pipeline.store import KeyParts
 
 
@@ -34,7 +35,7 @@ class Sparsify:
                 "finetune": self._training(ctx).model_dump(mode="json"),
                 "seed": ctx.recipe.seed,
             },
-            inputs=("dense_weights", "weights", "plan"),
+            inputs=("dense_weights", "weights", "plan", *teacher_inputs(ctx)),
             splits=("train", "calib", "eval"),
             tools=("torch", "numpy"),
             trains=True,
