@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import platform
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fusepress
+from fusepress.pipeline import distributed
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import CheckpointError, RecipeError, StoreError, TaskError, UsageError
 from fusepress.pipeline.evidence import RUN_JSON, Measurement, RunRecord, Verdict, read_run
@@ -68,6 +70,9 @@ def compress(
 ) -> Outcome:
     """Run all stages of a recipe and judge the result.
 
+    Under torchrun (`torchrun --nproc-per-node=N -m fusepress compress ...`) the N processes share the run: each of them
+    calls this, rank 0 alone writes and reports, and all return the same outcome.
+
     Args:
         recipe: the YAML file.
         target: a device profile, in place of the recipe's.
@@ -80,22 +85,87 @@ def compress(
     Raises:
         FusepressError: with the exit code of its branch.
     """
-    reporter = reporter or Reporter()
-    loaded = load_recipe(Path(recipe), overrides, target=target)
-    ctx = make_context(loaded, reporter)
-    folder = Path(run) if run is not None else default_run_folder(loaded, ctx.profile)
-    _refuse_foreign_folder(folder)
+    with distributed.session():
+        loaded = load_recipe(Path(recipe), overrides, target=target)
+        ctx = make_context(loaded, (reporter or Reporter()) if distributed.is_main() else Reporter(quiet=True))
+        folder = Path(run) if run is not None else default_run_folder(loaded, ctx.profile)
+        if distributed.world() > 1:
+            _check_ranks(ctx, folder)
+        if not distributed.is_main():
+            return _follow(ctx, folder)
+        outcome = _lead(ctx, folder, from_stage, command)
+        distributed.tell((outcome.record.to_json(), outcome.worked))
+        return outcome
+
+
+def _lead(ctx: Context, folder: Path, from_stage: str | None, command: str) -> Outcome:
+    """A run as its only process or as rank 0."""
     from fusepress.pipeline.runner import run_stages
     from fusepress.pipeline.stages import STAGES
 
-    preflight(ctx, Store(folder.parent / ".store"))
-    record = new_record(ctx, folder, command)
-    previous = _previous(folder)
+    with distributed.alone():
+        _refuse_foreign_folder(folder)
+        preflight(ctx, Store(folder.parent / ".store"))
+        record = new_record(ctx, folder, command)
+        previous = _previous(folder)
     worked = run_stages(ctx, STAGES, record, folder, from_stage=from_stage)
-    atomic_write_text(folder / RECIPE_JSON, _recipe_json(loaded))
-    judge_run(record, folder, loaded.recipe.gates)
+    atomic_write_text(folder / RECIPE_JSON, _recipe_json(ctx.loaded))
+    judge_run(record, folder, ctx.recipe.gates)
     _write_reports(record, folder, previous, worked=worked)
     return Outcome(record=record, folder=folder, worked=worked)
+
+
+def _follow(ctx: Context, folder: Path) -> Outcome:
+    """A run as one of the ranks above 0."""
+    from fusepress.pipeline.runner import follow_stages
+    from fusepress.pipeline.stages import STAGES
+
+    follow_stages(ctx, STAGES, folder)
+    record, worked = distributed.hear()
+    return Outcome(record=RunRecord.model_validate_json(record), folder=folder, worked=worked)
+
+
+def _check_ranks(ctx: Context, folder: Path) -> None:
+    """Check that all processes share one folder, one recipe and one version, and that the task deals out its batches.
+
+    Raises:
+        UsageError: with the rank and what differs.
+        TaskError: the task's `batches` ignores `rank` and `world`.
+    """
+    from fusepress.pipeline.stages.base import tool_versions
+    from fusepress.pipeline.task import check_shards
+
+    facts = {
+        "recipe": ctx.loaded.sha256(),
+        "task": ctx.task.source.sha256(),
+        "checkpoint": ctx.checkpoint_sha256,
+        "fusepress": fusepress.__version__,
+        **tool_versions(*ENVIRONMENT_TOOLS),
+    }
+    for rank, other in enumerate(distributed.gather_objects(facts)):
+        differing = [name for name, value in other.items() if facts[name] != value]
+        if differing:
+            raise UsageError(
+                f"expected every process to have the same {differing[0]}; got {other[differing[0]]!r} on rank {rank} "
+                f"and {facts[differing[0]]!r} on rank {distributed.rank()}; install and copy the same on all machines"
+            )
+    token = distributed.on_main(lambda: _write_token(folder))
+    seen = distributed.gather_objects((folder.parent / token).exists())
+    distributed.on_main(lambda: (folder.parent / token).unlink())
+    if not all(seen):
+        raise UsageError(
+            f"expected a run folder that all {len(seen)} processes share; got one that rank {seen.index(False)} does "
+            f"not see at {folder}; name a folder of a shared file system with --run"
+        )
+    if not ctx.from_onnx:
+        check_shards(ctx.task, distributed.rank(), distributed.world())
+    distributed.barrier()  # so that rank 0 does not begin where another one has refused
+
+
+def _write_token(folder: Path) -> str:
+    name = f".shared-{uuid.uuid4().hex[:12]}"
+    atomic_write_text(folder.parent / name, "seen by all processes of a run\n")
+    return name
 
 
 def default_run_folder(loaded: LoadedRecipe, profile: Profile) -> Path:
@@ -128,7 +198,7 @@ def make_context(loaded: LoadedRecipe, reporter: Reporter) -> Context:
     mode = recipe.power_mode or profile.default_mode
     profile.mode(mode)
     precision = release_precision(recipe, profile)
-    check_legality(profile, precision, sparsity=recipe.sparsify is not None)
+    check_legality(profile, precision, sparsity=recipe.wants_2to4)
     _check_onnx_start(recipe)
     from fusepress.pipeline.stages.base import Context
     from fusepress.pipeline.stages.teachers import find_teachers

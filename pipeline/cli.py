@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import fusepress
-from fusepress.pipeline.errors import EXIT_INTERRUPTED, FusepressError
+from fusepress.pipeline import distributed
+from fusepress.pipeline.errors import EXIT_INTERRUPTED, FusepressError, RankError, UsageError
 
 if TYPE_CHECKING:
     from fusepress.pipeline.api import Measured, Outcome
@@ -34,6 +35,11 @@ EPILOG = (
 def cli(context: click.Context, debug: bool) -> None:
     """Compress a trained camera-LiDAR checkpoint for a device, and prove that the release still works."""
     context.obj = debug
+    if distributed.launched() > 1 and context.invoked_subcommand != "compress":
+        raise UsageError(
+            f"expected compress, the verb that several processes can share; got {context.invoked_subcommand} in "
+            f"{distributed.launched()} processes; run it without torchrun"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +70,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except FusepressError as error:
         if debug:
             raise
-        click.echo(f"error: {error}", err=True)
+        if distributed.speaks() or (isinstance(error, RankError) and error.lost):
+            click.echo(f"error: {error}", err=True)
         return error.exit_code
     except Exception as error:
         if debug:
@@ -118,7 +125,8 @@ def compress(
 ) -> int:
     """Run every stage of RECIPE, judge the result, write the report.
 
-    What is already done is reused; a stopped run resumes with the same command.
+    What is already done is reused; a stopped run resumes with the same command. `torchrun --nproc-per-node=N -m
+    fusepress compress RECIPE` shares the work between N processes.
     """
     from fusepress.pipeline import api
     from fusepress.pipeline.console import Reporter
@@ -132,7 +140,7 @@ def compress(
         reporter=Reporter(quiet=as_json),
         command=command,
     )
-    return _tell(outcome, as_json)
+    return _tell(outcome, as_json) if distributed.speaks() else 0
 
 
 @cli.command()
@@ -255,7 +263,6 @@ def targets_show(name: str, as_json: bool) -> int:
 @click.argument("destination", type=click.Path(path_type=Path))
 def targets_cp(name: str, destination: Path) -> int:
     """Copy the profile NAME to DESTINATION, to edit; name the file as `target` in a recipe beside it."""
-    from fusepress.pipeline.errors import UsageError
     from fusepress.pipeline.store import atomic_write_text
     from fusepress.targets.profile import profile_path
 

@@ -20,6 +20,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -80,6 +81,11 @@ def is_main() -> bool:
 def launched() -> int:
     """Number of processes that the launcher started (its environment variable WORLD_SIZE); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def speaks() -> bool:
+    """Whether the launcher made this process rank 0, or there is none: the one that talks to the user."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -316,19 +322,39 @@ def on_main(call: Callable[[], T]) -> T:
         RankError: a rank failed or was lost.
         Exception: whatever `call` raises, on rank 0.
     """
+    if world() > 1 and rank() != 0:
+        heard: T = hear()
+        return heard
+    with alone():
+        value = call()
+    tell(value)
+    return value
+
+
+def tell(value: Any) -> None:
+    """Hand a value from rank 0 to the others, who wait for it in `hear`; nothing happens in a single process.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
     if world() == 1 or _session is None:
-        return call()
+        return
     _session.turn += 1
     sign = f"turn/{_session.turn}"
-    value: Any = None
-    if _session.rank == 0:
-        with alone():
-            value = call()
-        _stored(lambda own: own.store.set(sign, "done"))
-    else:
-        _wait_for_main(_session, sign)
-    result: T = broadcast_object(value)
-    return result
+    _stored(lambda own: own.store.set(sign, "told"))
+    broadcast_object(value)
+
+
+def hear() -> Any:
+    """What rank 0 tells next; the others wait for it, however long it takes, while rank 0 lives.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
+    assert _session is not None, "only the ranks above 0 of a session have somebody to hear"
+    _session.turn += 1
+    _wait_for_main(_session, f"turn/{_session.turn}")
+    return broadcast_object(None)
 
 
 def share(items: Iterable[T]) -> Iterator[tuple[int, T]]:
@@ -420,7 +446,7 @@ def _failure(own: _Session) -> RankError | None:
     return RankError(
         f"expected all {own.world} processes to go on; rank {told['rank']} failed: {told['message']}",
         exit_code=told["exit_code"],
-        origin=told["rank"],
+        details=told["details"],
     )
 
 
@@ -429,7 +455,7 @@ def _lost(own: _Session, ranks: Sequence[int]) -> RankError:
     return RankError(
         f"expected all {own.world} processes to go on; got no sign of life from rank {names}: it was killed, ran out "
         "of memory or lost its connection; what was finished is kept: run the same command again",
-        origin=ranks[0],
+        lost=True,
     )
 
 
@@ -438,7 +464,7 @@ def _unknown(error: BaseException) -> RankError:
     return RankError(
         f"expected the other processes to answer; got {text}; one of them was lost, or was busy for longer than "
         f"{TIMEOUT_VARIABLE} allows; what was finished is kept: run the same command again",
-        origin=-1,
+        lost=True,
     )
 
 
@@ -450,7 +476,8 @@ def _tell_failure(error: BaseException) -> None:
     assert own is not None
     code = getattr(error, "exit_code", StageError.exit_code)
     message = str(error) if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"
-    told = json.dumps({"rank": own.rank, "message": message, "exit_code": code})
+    details = "" if isinstance(error, UsageError) else "".join(traceback.format_exception(error))
+    told = json.dumps({"rank": own.rank, "message": message, "exit_code": code, "details": details})
     with contextlib.suppress(RuntimeError):
         own.store.compare_set("failed", "", told)
 
@@ -501,7 +528,7 @@ def _wait_for_main(own: _Session, sign: str) -> None:
         if now != beats:
             beats, seen = now, time.monotonic()
         if own.store.check(["bye/0"]):
-            raise RankError("expected rank 0 to go on; it was stopped; the same command resumes", origin=0)
+            raise RankError("expected rank 0 to go on; it was stopped; the same command resumes")
         if time.monotonic() - seen > own.timeout_s:
             raise _lost(own, [0])
         return False

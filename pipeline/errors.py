@@ -95,10 +95,14 @@ class RankError(StageError):
     Args:
         message: what happened there.
         exit_code: of the error there.
-        origin: the rank, -1 if it is not known.
+        lost: it ended without a word, so that nobody else tells the user.
+        details: its traceback, where there is one.
     """
 
-    def __init__(self, message: str, *, exit_code: int = EXIT_STAGE_FAILED, origin: int = -1) -> None:
+    def __init__(
+        self, message: str, *, exit_code: int = EXIT_STAGE_FAILED, lost: bool = False, details: str = ""
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-        self.origin = origin
+        self.lost = lost
+        self.details = details

@@ -1,13 +1,18 @@
-"""One metric code judges everything: the task's statistics fed by any `predict` callable."""
+"""One metric code judges everything: the task's statistics fed by any `predict` callable.
+
+Processes that share a run evaluate a share of the batches each, and all get the whole: the statistics of every sample,
+in the order of the split, are those of a single process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusepress.pipeline.distributed import in_order, rank, share, world
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.task import Batch, LoadedTask, Split
 
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 
 Predict = Callable[[dict[str, "Tensor"]], dict[str, "Tensor"]]
 Corrupt = Callable[[Batch], Batch]
+_Part = tuple[dict[str, np.ndarray[Any, Any]], list[str], list[str]]  # statistics, sample ids, groups of a batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Run `predict` over a split and collect the task's per-sample statistics.
 
+    Processes that share a run call it together, with the same model.
+
     Args:
         task: the task whose statistics and metrics count.
         predict: maps named input tensors to named output tensors.
@@ -73,25 +81,28 @@ def evaluate(
         batches: batches to use instead of the split's (kept in memory by a caller that evaluates often).
         corrupt: applied to every batch first (a sensor failure).
         limit: stop after this many batches.
-        progress: called with the number of samples done.
+        progress: called with the number of samples done; with several processes, with their number times those of this
+            one.
 
     Raises:
         TaskError: the split is empty, repeats a sample, or the outputs are not finite.
     """
-    parts: list[dict[str, np.ndarray[Any, Any]]] = []
-    ids: list[str] = []
-    groups: list[str] = []
-    for index, batch in enumerate(batches if batches is not None else task.batches(split, 0)):
-        if limit is not None and index >= limit:
+    own: list[_Part] = []
+    done = 0
+    for number, batch in _numbered(task, split, batches):
+        if limit is not None and number >= limit:
             break
         seen = corrupt(batch) if corrupt is not None else batch
         outputs = predict(seen.inputs)
         _check_finite(outputs, batch)
-        parts.append(task.sample_stats(outputs, batch))
-        ids.extend(batch.sample_ids)
-        groups.extend(batch.groups)
+        own.append((task.sample_stats(outputs, batch), list(batch.sample_ids), list(batch.groups)))
+        done += batch.size
         if progress is not None:
-            progress(len(ids))
+            progress(done * world())
+    every = in_order(own)
+    parts = [part for part, _, _ in every]
+    ids = [name for _, names, _ in every for name in names]
+    groups = [name for _, _, names in every for name in names]
     if not parts or len(set(ids)) != len(ids):
         found = "no batch" if not parts else f"{len(ids) - len(set(ids))} repeated sample ids"
         raise TaskError(
@@ -100,6 +111,15 @@ def evaluate(
         )
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Evaluation(stats=stats, sample_ids=tuple(ids), groups=tuple(groups), metrics=task.score(stats))
+
+
+def _numbered(task: LoadedTask, split: Split, batches: Iterable[Batch] | None) -> Iterator[tuple[int, Batch]]:
+    """This process's batches with their numbers in the split."""
+    if batches is not None:
+        yield from share(batches)
+        return
+    for index, batch in enumerate(task.batches(split, 0, rank=rank(), world=world())):
+        yield index * world() + rank(), batch
 
 
 def _check_finite(outputs: dict[str, Tensor], batch: Batch) -> None:

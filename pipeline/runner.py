@@ -1,19 +1,26 @@
-"""Runs the stages of a recipe in order: reuse by key, atomic commits, resume, and run.json after every step."""
+"""Runs the stages of a recipe in order: reuse by key, atomic commits, resume, and run.json after every step.
+
+Where several processes share a run, rank 0 decides what is done, keeps the locks, writes and commits. The others follow
+(`follow_stages`): they take part in stages that share work over samples, with a folder of their own that is thrown
+away, wait for the others, and go on with the files that rank 0 has placed in the run folder.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fusepress.pipeline.errors import FusepressError, StageError, UsageError
+from fusepress.pipeline.distributed import alone, hear, tell, trouble
+from fusepress.pipeline.errors import FusepressError, RankError, StageError, UsageError
 from fusepress.pipeline.evidence import RUN_JSON, Artifact, Measurement, RunRecord, StageRecord
 from fusepress.pipeline.stages.base import Context, Stage, StageOutput, tool_versions
 from fusepress.pipeline.store import (
@@ -29,6 +36,7 @@ from fusepress.pipeline.store import (
 )
 
 STORE = ".store"
+SKIPPED = "skipped"
 PUBLIC_ARTIFACTS = {
     "onnx": "onnx",
     "engine": "engine",
@@ -82,6 +90,41 @@ def run_stages(
         return worked
 
 
+def follow_stages(ctx: Context, stages: Sequence[Stage], folder: Path) -> None:
+    """What the ranks above 0 do while rank 0 is in `run_stages`.
+
+    Args:
+        ctx: the checked inputs; its artifacts follow those of rank 0.
+        stages: as given to rank 0.
+        folder: the run folder, which all ranks see.
+
+    Raises:
+        FusepressError: a stage failed here, or on another rank.
+    """
+    store = Store(folder.parent / STORE)
+    with _silenced(), _terminate_as_interrupt():
+        for stage in stages:
+            try:
+                _follow_stage(ctx, stage, store, folder)
+            except KeyboardInterrupt as error:
+                raise Interrupted(f"interrupted in stage {stage.name}") from error
+            except FusepressError:
+                raise
+            except Exception as error:
+                raise trouble() or StageError(f"{type(error).__name__}: {error} at stage {stage.name}") from error
+
+
+def _follow_stage(ctx: Context, stage: Stage, store: Store, folder: Path) -> None:
+    order = hear()
+    if order == SKIPPED:
+        return
+    if order["run"]:
+        with tempfile.TemporaryDirectory(prefix="fusepress-") as scratch:
+            stage.run(ctx, Path(scratch), store.work_path(order["key"]))
+    for name, (relative, sha) in hear().items():
+        ctx.add_artifact(name, folder / stage.name / relative, sha)
+
+
 def save_record(record: RunRecord, folder: Path) -> None:
     """Write run.json atomically."""
     atomic_write_text(folder / RUN_JSON, record.to_json())
@@ -95,6 +138,7 @@ def _one_stage(
     reason = stage.skip(ctx)
     if reason is not None:
         entry_of.status, entry_of.why = "skipped", reason
+        tell(SKIPPED)
         return False
     with _recorded(entry_of, record, folder):
         key = content_key(stage.key_parts(ctx))
@@ -105,10 +149,15 @@ def _one_stage(
             if entry is None:
                 entry_of.status = "running"
                 save_record(record, folder)
+                store.work_folder(key)
+            tell({"key": key, "run": entry is None and stage.every_rank})
+            if entry is None:
                 entry = _make(ctx, stage, store, key, label)
             place(entry, folder / stage.name)
         _adopt(ctx, record, entry_of, entry, folder / stage.name)
-        timed = _assess(ctx, stage, entry_of, store, key, force=force)
+        tell({name: (relative, ctx.shas[name]) for name, relative in entry.payload["artifacts"].items()})
+        with alone():
+            timed = _assess(ctx, stage, entry_of, store, key, force=force)
         entry_of.status = "cached" if cached and not timed else "done"
         entry_of.seconds = entry.payload["seconds"]
         save_record(record, folder)
@@ -151,7 +200,8 @@ def _make(ctx: Context, stage: Stage, store: Store, key: str, label: str) -> Ent
     try:
         aside.mkdir(parents=True)
         started = time.monotonic()
-        output = stage.run(ctx, aside, work)
+        with nullcontext() if stage.every_rank else alone():
+            output = stage.run(ctx, aside, work)
         seconds = round(time.monotonic() - started, 2)
         entry = store.commit(key, aside, _payload(output) | {"seconds": seconds})
     except OSError as error:
@@ -189,19 +239,33 @@ def _recorded(stage: StageRecord, record: RunRecord, folder: Path) -> Iterator[N
     except KeyboardInterrupt as error:
         stage.status, stage.why = "interrupted", "stopped by the user; the same command resumes"
         save_record(record, folder)
+        elsewhere = trouble()  # a launcher stops all processes when one of them ends
+        if elsewhere is not None:
+            raise _failed(stage, record, folder, elsewhere) from error
         raise Interrupted(f"interrupted in stage {stage.name}; run the same command again to resume") from error
     except FusepressError as error:
-        stage.status, stage.why = "failed", str(error)
-        _try_save(record, folder)
+        _failed(stage, record, folder, error)
         raise
     except Exception as error:
+        logging.getLogger(__name__).exception("stage %s failed", stage.name)
+        elsewhere = trouble()
+        if elsewhere is not None:
+            raise _failed(stage, record, folder, elsewhere) from error
         stage.status, stage.why = "failed", f"{type(error).__name__}: {error}"
         _try_save(record, folder)
-        logging.getLogger(__name__).exception("stage %s failed", stage.name)
         raise StageError(
             f"expected stage {stage.name} to finish; got {type(error).__name__}: {error}; the traceback is in "
             f"{folder.name}/log.txt (or use --debug)"
         ) from error
+
+
+def _failed(stage: StageRecord, record: RunRecord, folder: Path, error: FusepressError) -> FusepressError:
+    """The error, after it was written down."""
+    stage.status, stage.why = "failed", str(error)
+    if isinstance(error, RankError) and error.details:
+        logging.getLogger(__name__).error("on another rank: %s", error.details)
+    _try_save(record, folder)
+    return error
 
 
 def _try_save(record: RunRecord, folder: Path) -> None:
@@ -250,6 +314,20 @@ def _log_to(path: Path) -> Iterator[None]:
         logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Warnings of ranks above 0 are those of rank 0, which logs them."""
+    handler = logging.NullHandler()
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
 
 
 @contextmanager

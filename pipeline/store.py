@@ -201,9 +201,13 @@ class Store:
             return None
         return Entry(path=path, files=files, payload=payload)
 
+    def work_path(self, key: str) -> Path:
+        """Where the folder for an unfinished stage lies."""
+        return self.root / "work" / key
+
     def work_folder(self, key: str) -> Path:
         """A folder for an unfinished stage; it survives a killed process, so that the stage can resume."""
-        path = self.root / "work" / key
+        path = self.work_path(key)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -232,7 +236,7 @@ class Store:
 
     def discard_work(self, key: str) -> None:
         """Remove the work folder of a finished stage."""
-        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+        shutil.rmtree(self.work_path(key), ignore_errors=True)
 
     def forget_asides(self, older_than_s: float = 86400) -> None:
         """Remove half-written outputs of processes that died long ago."""

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,31 +139,37 @@ class LoadedTask:
     def train_batches(self, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Endless training batches: a finite `train` split is begun again with the next seed.
 
+        Rank r of w gets the numbers r, r + w, r + 2w, ... of the stream that one process gets, also across the ends of
+        a finite split; `start` skips that many of its own.
+
         Raises:
             TaskError: the split yields nothing at all.
         """
-        epoch, skip = 0, start
+        epoch, number = 0, start * world + rank  # the number counts from the epoch's first batch
         while True:
-            count = 0
-            for batch in self.batches("train", seed + epoch, start=skip, rank=rank, world=world):
-                count += 1
+            begun_at = number
+            for batch in self.batches("train", seed + epoch, start=number // world, rank=number % world, world=world):
+                number += world
                 yield batch
-            if count == 0 and skip == 0:
+            number -= self._epoch_length(seed + epoch, begun_at, number, world)
+            epoch += 1
+
+    def _epoch_length(self, seed: int, begun_at: int, ended_at: int, world: int) -> int:
+        """Batches of a finite epoch whose share from number `begun_at` on ended before number `ended_at`."""
+        if begun_at == ended_at:  # it began behind the end
+            length = sum(1 for _ in self.batches("train", seed))
+            if length == 0:
                 raise TaskError(
                     f"expected batches('train', seed) to yield batches; got none at {self.source.spec}; "
                     "check the data folder that the recipe's `data` names"
                 )
-            skip = 0 if count else skip - self._epoch_length(seed + epoch, rank, world)
-            epoch += 1
-
-    def _epoch_length(self, seed: int, rank: int, world: int) -> int:
-        length = sum(1 for _ in self.batches("train", seed, rank=rank, world=world))
-        if length == 0:
-            raise TaskError(
-                f"expected batches('train', seed) to yield batches; got none at {self.source.spec}; "
-                "check the data folder that the recipe's `data` names"
-            )
-        return length
+            return length
+        low, high = ended_at - world + 1, ended_at  # the numbers between are other ranks', who may have one more
+        while low < high:
+            middle = (low + high) // 2
+            there = next(self.batches("train", seed, start=middle // world, rank=middle % world, world=world), None)
+            low, high = (low, middle) if there is None else (middle + 1, high)
+        return low
 
     def fingerprint(self, split: Split) -> str:
         """What identifies the data of a split: the task's own answer, else a hash of ids and tensors."""
@@ -453,6 +460,38 @@ def check_task(task: LoadedTask, model: nn.Module) -> dict[str, tuple[int, ...]]
         )
     _check_backward(task, model)
     return {name: (1, *value.shape[1:]) for name, value in outputs.items()}
+
+
+def check_shards(task: LoadedTask, rank: int, world: int) -> None:
+    """Check that the splits are dealt out in turn: batch k of rank r of w is number k * w + r of a single process.
+
+    Looks at the first two batches of this rank; everything that processes share relies on it.
+
+    Raises:
+        TaskError: with the split and the batch.
+    """
+    splits: tuple[Split, ...] = ("train", "calib", "eval")
+    for split in splits:
+        whole = itertools.islice(task.batches(split, 0), rank, rank + world + 1, world)
+        share = itertools.islice(task.batches(split, 0, rank=rank, world=world), 2)
+        for number, (expected, got) in enumerate(itertools.zip_longest(whole, share)):
+            if expected is None or got is None or not _same_batch(expected, got):
+                raise TaskError(
+                    f"expected batches({split!r}, 0, rank={rank}, world={world}) to deal out batches in turn, so that "
+                    f"its batch {number} is number {number * world + rank} of batches({split!r}, 0); got "
+                    f"{'none' if got is None else 'another'} at {task.source.spec}; yield every {world}th batch from "
+                    f"number {rank} on"
+                )
+
+
+def _same_batch(one: Batch, other: Batch) -> bool:
+    import torch
+
+    return (
+        list(one.sample_ids) == list(other.sample_ids)
+        and set(one.inputs) == set(other.inputs)
+        and all(torch.equal(value, other.inputs[name]) for name, value in one.inputs.items())
+    )
 
 
 def _check_calib_apart_from_eval(task: LoadedTask) -> None:

@@ -92,7 +92,7 @@ def test_a_hostile_working_directory_does_not_shadow_ours(tmp_path: Path) -> Non
 
 def test_the_typing_tree_is_made_of_relative_links_to_the_code() -> None:
     links = {path.name: path for path in (ROOT / ".typing/fusepress").iterdir()}
-    assert set(links) == {*ROOMS, "__init__.py", "py.typed"}
+    assert set(links) == {*ROOMS, "__init__.py", "__main__.py", "py.typed"}
     for path in links.values():
         assert path.is_symlink()
         assert not path.readlink().is_absolute()

@@ -28,6 +28,7 @@ class WriteStage:
     word: str
     reads: str | None = None
     version: int = 1
+    every_rank: bool = False
     skipped: str | None = None
     calls: list[Path] = field(default_factory=list)
     timed: int = 0

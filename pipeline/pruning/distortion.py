@@ -12,6 +12,9 @@ The dense network runs once a batch and is recorded (`replay`); for an option on
 consumers is run again. What was measured is appended to a file as it comes, batch by batch and group by group, so that
 a stopped measurement goes on where it stopped.
 
+Processes that share a run measure a share of the batches each (number i is rank i mod world's) and hand the samples'
+figures round after every batch, so that the tables are those of a single process; rank 0 alone writes the file.
+
 `mode: approximate` measures all widths on a fifth of the samples, evenly spaced: an allocation follows the kinks of the
 true curves, so that every width is measured and samples are saved.
 """
@@ -34,6 +37,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import broadcast_object, gather_objects, is_main, rank, world
 from fusepress.pipeline.errors import StageError, TaskError
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.pruning.allocate import channel_order, kept_channels
@@ -88,7 +92,7 @@ def distortion_table(
         ladders: group id -> widths, the dense one first, descending; 0 takes the whole group away.
         config: samples, mean or maximum, Fisher term, exact or approximate.
         seed: of the calibration batches and of the noise.
-        out: folder for what has been measured; a measurement of the same question goes on there.
+        out: folder for what has been measured (rank 0's counts); a measurement of the same question goes on there.
         progress: called with the fraction done and what is being done.
 
     Returns:
@@ -102,7 +106,8 @@ def distortion_table(
     options = _options(graph, scores, ladders)
     with _undisturbed(model):
         bench = Bench(model=model, task=task, options=options, config=config, seed=seed, progress=progress)
-        store = Store(out, lambda: _key(model, graph, options, config, seed, bench))
+        store = Store(out if is_main() else None, lambda: _key(model, graph, options, config, seed, bench))
+        store.start_alike()
         try:
             bench.measure(store)
         finally:
@@ -419,18 +424,27 @@ class Bench:
         wanted = self.config.samples if self.chosen is None else len(self.chosen)
         self._statistics(store)
         for number, before, batch in self.batches():
-            missing = [one for one in self.options if not store.has(number, one.group.id)]
-            if not missing and store.has(number, ""):
-                continue
-            tape, dense = self._dense(batch)
-            if not store.has(number, ""):
-                line = {"batch": number, "group": "", "size": batch.size, "moments": _moments(dense)}
-                store.add(line | {"fisher": self._dense_information(tape, dense, before)})
-            done = 0
-            for one in missing:
-                store.add({"batch": number, "group": one.group.id} | self._line(tape, one, dense, batch, before))
-                done += (len(one.widths) - 1) * max(1, self.macs.get(one.group.id, 1))
-                self.progress(min(1.0, (before + batch.size * done / work) / wanted), f"distortion of {one.group.id}")
+            if number % world() == rank():
+                self._measure_batch(store, number, before, batch, work, wanted)
+            if number % world() == world() - 1:
+                store.exchange()
+        store.exchange()
+        self.notes = list(dict.fromkeys(itertools.chain(*gather_objects(self.notes))))
+
+    def _measure_batch(self, store: Store, number: int, before: int, batch: Batch, work: int, wanted: int) -> None:
+        """What the store lacks of one batch; `work` is that of all options, `wanted` the samples in all."""
+        missing = [one for one in self.options if not store.has(number, one.group.id)]
+        if not missing and store.has(number, ""):
+            return
+        tape, dense = self._dense(batch)
+        if not store.has(number, ""):
+            line = {"batch": number, "group": "", "size": batch.size, "moments": _moments(dense)}
+            store.add(line | {"fisher": self._dense_information(tape, dense, before)})
+        done = 0
+        for one in missing:
+            store.add({"batch": number, "group": one.group.id} | self._line(tape, one, dense, batch, before))
+            done += (len(one.widths) - 1) * max(1, self.macs.get(one.group.id, 1))
+            self.progress(min(1.0, (before + batch.size * done / work) / wanted), f"distortion of {one.group.id}")
 
     def _choose(self) -> None:
         """Which samples are measured: evenly spaced ones."""
@@ -602,6 +616,7 @@ class Store:
 
     def __init__(self, folder: Path | None, key: Callable[[], str]) -> None:
         self._lines: dict[tuple[str, int], dict[str, Any]] = {}
+        self._own: list[dict[str, Any]] = []  # lines that the other processes do not have yet
         self._file: Any = None
         if folder is None:
             return
@@ -637,8 +652,24 @@ class Store:
         """Whether a batch is done for a group ("" for the dense pass)."""
         return (group, batch) in self._lines
 
+    def start_alike(self) -> None:
+        """Give every process the lines that rank 0 has read."""
+        self._lines = broadcast_object(self._lines)
+
+    def exchange(self) -> None:
+        """Give every process the lines that the others have added."""
+        parts = gather_objects(self._own)
+        self._own = []
+        for number, lines in enumerate(parts):
+            for line in lines if number != rank() else ():
+                self._keep(line)
+
     def add(self, line: dict[str, Any]) -> None:
-        """Keep a line, on the disk before this returns."""
+        """Keep a line of this process, on the disk (in rank 0) before this returns."""
+        self._own.append(line)
+        self._keep(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
         self._lines[line["group"], line["batch"]] = line
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")

@@ -1,7 +1,7 @@
 """Data-parallel training: what the ranks agree on after each step, on top of `fusepress.pipeline.distributed`.
 
-With loss `L_r` on the shard of rank r, the mean of the gradients over N ranks is the gradient of the mean of the N
-losses: what one process gets that accumulates the same N shards with weight 1/N each. Nothing happens in a single process.
+The mean of the N ranks' gradients is the gradient of the mean of their losses: what one process gets that accumulates
+the same N shards with weight 1/N each. Nothing happens in a single process.
 """
 
 from __future__ import annotations

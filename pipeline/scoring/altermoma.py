@@ -43,7 +43,15 @@ from fusepress.pipeline.graph.cost import CostModel
 from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.channels import ChannelScorer, Product, Scorer, WeightScorer
-from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_gradients, reactivate, scoring_batches, silent
+from fusepress.pipeline.scoring.gradients import (
+    Passes,
+    Progress,
+    mean_gradients,
+    reactivate,
+    scoring_batches,
+    silent,
+    totals_of,
+)
 from fusepress.pipeline.scoring.masking import (
     Snapshot,
     branch_of_parameters,
@@ -261,6 +269,7 @@ def alternate(
             model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot
         )
         contribution, loss = run.contribution()
+        _, samples = totals_of(run.data)
         scores = normalise(contribution, pools, mass)
         redundancy: dict[str, Tensor] = {}
         logs = []
@@ -282,7 +291,7 @@ def alternate(
         "reactivation": config.reactivation,
         "seed": seed,
         "loss": loss,
-        "samples": sum(batch.size for batch in run.data),
+        "samples": samples,
         "passes": passes.done,
         "stages": logs,
         "notes": _notes(task, config, logs),
@@ -346,7 +355,7 @@ class Alternation:
         seed: of the training batches.
         passes: counts and reports.
         snapshot: theta_init.
-        data: the batches D, the same for every gradient.
+        data: the batches D, the same for every gradient; of several processes each has its share.
     """
 
     model: nn.Module
@@ -430,7 +439,8 @@ class Alternation:
 
     def _inputs(self) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        return {name: value.to(device) for name, value in self.data[0].inputs.items()}
+        batch = self.data[0] if self.data else next(self.task.train_batches(self.seed))
+        return {name: value.to(device) for name, value in batch.inputs.items()}
 
     def _freeze(self, branch_of: Mapping[str, str], modality: str) -> None:
         """Take the masked branch out of the graph, which spares its activations; its updates are zero anyway."""

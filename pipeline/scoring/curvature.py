@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.scoring.gradients import Passes, batch_loss, mean_gradients
+from fusepress.pipeline.distributed import gather_objects, sum_gradients_
+from fusepress.pipeline.scoring.gradients import Passes, batch_loss, mean_gradients, totals_of
 from fusepress.pipeline.task import Batch, LoadedTask
 
 Curvature = Literal["exact", "difference"]
@@ -47,25 +48,42 @@ def hessian_product(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     if curvature == "exact":
-        try:
-            _double_backward(model, task, batches, vector, where)
-        except RuntimeError as error:  # torch has no narrower type for it
-            if not any(text in str(error) for text in NO_SECOND):
-                raise
-            curvature = "difference"
-        else:
-            for _ in range(PRODUCT_PASSES * len(batches)):
+        if _double_backward(model, task, batches, vector, where):
+            for _ in range(PRODUCT_PASSES * totals_of(batches)[0]):
                 passes.step(where)
             return "exact"
+        curvature = "difference"
     _difference(model, task, batches, vector, passes, where)
     return curvature
 
 
 def _double_backward(
     model: nn.Module, task: LoadedTask, batches: Sequence[Batch], vector: Mapping[nn.Parameter, Tensor], where: str
-) -> None:
+) -> bool:
+    """Returns whether all operators have a second derivative, on every process that has a batch."""
     model.zero_grad(set_to_none=True)
-    samples = sum(batch.size for batch in batches)
+    _, samples = totals_of(batches)
+    able = True
+    try:
+        _own_double_backward(model, task, batches, vector, samples, where)
+    except RuntimeError as error:  # torch has no narrower type for it
+        if not any(text in str(error) for text in NO_SECOND):
+            raise
+        able = False
+    if not all(gather_objects(able)):
+        return False
+    sum_gradients_(model.parameters())
+    return True
+
+
+def _own_double_backward(
+    model: nn.Module,
+    task: LoadedTask,
+    batches: Sequence[Batch],
+    vector: Mapping[nn.Parameter, Tensor],
+    samples: int,
+    where: str,
+) -> None:
     chosen = [p for p in model.parameters() if p in vector and p.requires_grad]
     for index, batch in enumerate(batches):
         loss = batch_loss(model, task, batch, f"batch {index} ({where})") * (batch.size / samples)

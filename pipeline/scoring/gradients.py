@@ -1,4 +1,9 @@
-"""Passes over training batches: mean gradients and the optimiser steps of the reactivation."""
+"""Passes over training batches: mean gradients and the optimiser steps of the reactivation.
+
+Where several processes share a run, each holds its share of the batches (number i belongs to rank i mod world), and
+what is returned is that of all: gradients, losses and counts are added up over the ranks. Optimiser steps follow one
+another, and so every rank makes all of them, on the whole batches: that is what one process does, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import broadcast_, gather_objects, rank, sum_gradients_, world
 from fusepress.pipeline.errors import TaskError, TrainingError
 from fusepress.pipeline.task import Batch, LoadedTask
 
@@ -46,10 +52,20 @@ class Passes:
 def scoring_batches(task: LoadedTask, seed: int, count: int, *, start: int = 0) -> list[Batch]:
     """`count` training batches from `start` on, held in memory: every gradient is taken on the very same data D.
 
+    Several processes share them: each gets its part, which may be empty.
+
     Raises:
         TaskError: the training split is empty.
     """
-    return list(itertools.islice(task.train_batches(seed, start=start), count))
+    first, step = start + rank(), world()
+    own = len(range(rank(), count, step))
+    return list(itertools.islice(task.train_batches(seed, start=first // step, rank=first % step, world=step), own))
+
+
+def totals_of(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Batches and samples of all processes that share them."""
+    parts = gather_objects((len(batches), sum(batch.size for batch in batches)))
+    return sum(count for count, _ in parts), sum(samples for _, samples in parts)
 
 
 def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> Tensor:
@@ -70,13 +86,14 @@ def batch_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, task: LoadedTask, batches: Sequence[Batch], where: str) -> float:
-    """The mean loss over all samples of the batches, without gradients.
+    """The mean loss over all samples of the batches (of all processes), without gradients.
 
     Raises:
         TrainingError: a loss is NaN or infinite.
     """
-    samples = sum(batch.size for batch in batches)
-    return math.fsum(float(_total_loss(model, task, batch, where)) * batch.size / samples for batch in batches)
+    _, samples = totals_of(batches)
+    own = [float(_total_loss(model, task, batch, where)) * batch.size / samples for batch in batches]
+    return math.fsum(itertools.chain(*gather_objects(own)))
 
 
 def _total_loss(model: nn.Module, task: LoadedTask, batch: Batch, where: str) -> Tensor:
@@ -97,8 +114,8 @@ def mean_gradients(
 ) -> float:
     """Leave in every parameter's `grad` the gradient of the mean loss over all samples of the batches.
 
-    Batches weigh by their number of samples. `grad` stays None where a parameter does not reach the loss. If not
-    `fresh`, the gradient is added to what `grad` holds.
+    The batches are those of all processes that share them. They weigh by their number of samples. `grad` stays None
+    where a parameter does not reach the loss. If not `fresh`, the gradient is added to what `grad` holds.
 
     Returns:
         The mean loss.
@@ -106,9 +123,12 @@ def mean_gradients(
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite.
     """
-    if fresh:
+    held: dict[nn.Parameter, Tensor] = {}
+    if not fresh and world() > 1:  # what `grad` holds is the same on every rank, and counts once
+        held = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
+    if fresh or held:
         model.zero_grad(set_to_none=True)
-    samples = sum(batch.size for batch in batches)
+    count, samples = totals_of(batches)
     losses = []
     for index, batch in enumerate(batches):
         share = batch.size / samples
@@ -116,8 +136,12 @@ def mean_gradients(
         (loss * share).backward()
         losses.append(float(loss.detach()) * share)
         passes.step(where)
+    sum_gradients_(model.parameters())
+    for parameter, gradient in held.items():
+        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    passes.done += count - len(batches)
     _check_finite_gradients(model, where)
-    return math.fsum(losses)
+    return math.fsum(itertools.chain(*gather_objects(losses)))
 
 
 def _check_finite_gradients(model: nn.Module, where: str) -> None:
@@ -143,6 +167,8 @@ def reactivate(
 ) -> int:
     """Train the given parameters, one step a batch, with a fresh optimiser that nobody keeps.
 
+    Every process makes all steps (see the module's text); all go on with the parameters of rank 0.
+
     Plain SGD is what the derivation of AlterMOMA uses (eq. 16): no momentum, no decay. `after_step` is called after
     every step (to hold masks, to note the way).
 
@@ -163,6 +189,7 @@ def reactivate(
             after_step()
         steps += 1
         passes.step(where)
+    broadcast_(parameters)  # processors of other kinds round in other ways
     return steps
 
 

@@ -79,7 +79,7 @@ def _gradient_flow(
 ) -> dict[str, Any]:
     """Leave H g in every parameter's `grad`, g and H on the same batches."""
     batches = scoring_batches(task, seed, config.batches)
-    passes = Passes(total=(1 + PRODUCT_PASSES) * len(batches), progress=progress)
+    passes = Passes(total=(1 + PRODUCT_PASSES) * config.batches, progress=progress)
     loss = mean_gradients(model, task, batches, passes, "gradient")
     vector: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
     used = hessian_product(model, task, batches, vector, passes, "gradient flow", curvature=curvature)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import alone
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped
 from fusepress.pipeline.scoring.channels import ChannelScorer, Scorer, WeightScorer
@@ -115,7 +116,8 @@ def _prospective(
         data = scoring_batches(task, seed, config.batches, start=steps)
         loss = mean_gradients(model, task, data, passes, "after the steps")
         if order == "full":
-            _go_back(model, task, way, rate, passes)
+            with alone():  # every process has the whole way
+                _go_back(model, task, way, rate, passes)
         with torch.no_grad():
             snapshot.restore_values()
             scores = shares(scorer.scores(product_with_gradient(model), scorer.branch_of))

@@ -26,7 +26,15 @@ import numpy as np
 from torch import nn
 
 from fusepress.pipeline.recipe import ScoreConfig
-from fusepress.pipeline.scoring.gradients import Passes, Progress, mean_loss, reactivate, scoring_batches, silent
+from fusepress.pipeline.scoring.gradients import (
+    Passes,
+    Progress,
+    mean_loss,
+    reactivate,
+    scoring_batches,
+    silent,
+    totals_of,
+)
 from fusepress.pipeline.scoring.masking import Snapshot, branch_of_parameters, check_branches, masked, untouched
 from fusepress.pipeline.task import Batch, LoadedTask
 
@@ -83,10 +91,10 @@ def measure_redundancy(
                 stack.enter_context(masked(model, task.branches[name], name))
             blind = mean_loss(model, task, data, "all modalities masked")
         for name in names:
-            found = _without(model, task, name, snapshot, data, dense, passes, seed, steps, lr)
+            found = _without(model, task, name, snapshot, data, config.batches, dense, passes, seed, steps, lr)
             left = (found["loss_reactivated"] - dense) / max(blind - dense, 1e-30)
             log["modalities"][name] = found | {"covered": 1.0 - left}
-    samples = sum(batch.size for batch in data)
+        _, samples = totals_of(data)
     log |= {"loss_dense": dense, "loss_blind": blind, "samples": samples, "passes": passes.done}
     return log | {"redundancy": _mean_of(log, "won_back"), "covered": _mean_of(log, "covered")}
 
@@ -102,6 +110,7 @@ def _without(
     modality: str,
     snapshot: Snapshot,
     data: list[Batch],
+    batches: int,
     dense: float,
     passes: Passes,
     seed: int,
@@ -118,7 +127,7 @@ def _without(
             parameter.requires_grad_(parameter.is_floating_point() and branch_of[name] != modality)
         with masked(model, task.branches[modality], modality):
             before = mean_loss(model, task, data, where)
-            stream = itertools.islice(task.train_batches(seed, start=len(data)), steps)
+            stream = itertools.islice(task.train_batches(seed, start=batches), steps)
             if others:
                 reactivate(model, task, others, stream, passes, optimizer="adam", lr=lr, where=where)
             after = mean_loss(model, task, data, where)

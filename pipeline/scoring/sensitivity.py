@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import alone
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped
 from fusepress.pipeline.scoring.channels import ChannelScorer, WeightScorer
 from fusepress.pipeline.scoring.common import (
     WeightResult,
+    add_over_ranks,
     channel_result,
     product_with_gradient,
     shares,
@@ -78,13 +80,16 @@ def score_taylor(
     scores: dict[str, Tensor] = {}
     with untouched(model, seed=seed):
         for batch in scoring_batches(task, seed, config.batches):
-            mean_gradients(model, task, [batch], passes, "taylor")
+            with alone():  # what is averaged over all batches is the square
+                mean_gradients(model, task, [batch], passes, "taylor")
             with torch.no_grad():
                 for group in graph.groups:
                     square = scorer.signed(product, group.id).square_()
                     scores[group.id] = scores[group.id].add_(square) if group.id in scores else square
+        model.zero_grad(set_to_none=True)
+        add_over_ranks(scores, lambda key: scorer.signed(product, key), [group.id for group in graph.groups])
     scores = {key: value / config.batches for key, value in scores.items()}
-    return channel_result(scores, graph.groups, {"method": "taylor", "passes": passes.done, "seed": seed})
+    return channel_result(scores, graph.groups, {"method": "taylor", "passes": config.batches, "seed": seed})
 
 
 def taylor_weights(
@@ -97,9 +102,12 @@ def taylor_weights(
     scores: dict[str, Tensor] = {}
     with untouched(model, seed=seed):
         for batch in scoring_batches(task, seed, config.batches):
-            mean_gradients(model, task, [batch], passes, "taylor")
+            with alone():
+                mean_gradients(model, task, [batch], passes, "taylor")
             with torch.no_grad():
                 for name in names:
                     square = product(name).square_().div_(config.batches)
                     scores[name] = scores[name].add_(square) if name in scores else square
-    return weight_result(model, task, scores, {"method": "taylor", "passes": passes.done, "seed": seed})
+        model.zero_grad(set_to_none=True)
+        add_over_ranks(scores, product, list(names))
+    return weight_result(model, task, scores, {"method": "taylor", "passes": config.batches, "seed": seed})

@@ -44,7 +44,7 @@ from fusepress.pipeline.scoring.common import (
     weight_result,
     weights_of,
 )
-from fusepress.pipeline.scoring.gradients import Passes, Progress, scoring_batches, silent
+from fusepress.pipeline.scoring.gradients import Passes, Progress, silent
 from fusepress.pipeline.scoring.iterative import CHANNELS_LEFT, Put, Rounds, channel_masks, least_of, weight_rounds
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.task import LoadedTask
@@ -142,7 +142,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         device = next(self.model.parameters()).device
-        batch = scoring_batches(self.task, self.seed, 1)[0]
+        batch = next(self.task.train_batches(self.seed))
         self._inputs = {
             name: torch.ones_like(value[:1], dtype=torch.float64, device=device)
             if value.is_floating_point()

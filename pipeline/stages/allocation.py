@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.distributed import on_main
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def alignment(ctx: Context) -> int:
     """The channel multiple of this run: the recipe's, else the target's."""
     assert ctx.recipe.prune is not None
-    return ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.sparsify is not None)
+    return ctx.recipe.prune.align or ctx.profile.align(ctx.precision, sparsity=ctx.recipe.wants_2to4)
 
 
 def target_of(ctx: Context) -> dict[str, Any] | None:
@@ -40,6 +41,8 @@ def without_tables(config: PruneConfig) -> PruneConfig:
 def latency_cost(ctx: Context, model: nn.Module, graph: GroupGraph) -> LatencyCost | None:
     """Latency as a function of the widths, where the budget is in milliseconds; it takes a few exports to learn.
 
+    Of several processes only rank 0 has it.
+
     Args:
         ctx: the run.
         model: the dense model; left as it is.
@@ -51,7 +54,13 @@ def latency_cost(ctx: Context, model: nn.Module, graph: GroupGraph) -> LatencyCo
     if ctx.recipe.prune.latency_ms is None:
         return None
     inputs, names = common.example_inputs(ctx), common.output_names(ctx, model)
-    return LatencyCost(model, graph, inputs, ctx.profile, ctx.power_mode, ctx.precision, output_names=names)
+    learnt: list[LatencyCost] = []
+
+    def learn() -> None:
+        learnt.append(LatencyCost(model, graph, inputs, ctx.profile, ctx.power_mode, ctx.precision, output_names=names))
+
+    on_main(learn)  # a measured latency differs from process to process
+    return learnt[0] if learnt else None
 
 
 def allocate_widths(
@@ -96,15 +105,17 @@ def allocate_widths(
         curves = table.curves
         config = config.model_copy(update={"distortion": config.distortion.model_copy(update={"eta": table.eta})})
         facts |= {"eta": table.eta, "samples": table.samples, **table.facts, "table_notes": list(table.notes)}
-    allocation = allocate(
-        scores,
-        graph,
-        cost,
-        config,
-        align=alignment(ctx),
-        distortion=curves,
-        latency=latency,
-        removable=graph.removable,
+    allocation = on_main(
+        lambda: allocate(
+            scores,
+            graph,
+            cost,
+            config,
+            align=alignment(ctx),
+            distortion=curves,
+            latency=latency,
+            removable=graph.removable,
+        )
     )
     facts |= {"objective": allocation.objective, "iterations": allocation.iterations}
     return allocation, facts

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.distributed import world
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import LoadedRecipe, Precision, Recipe
 from fusepress.pipeline.store import KeyParts, sha256_tree
@@ -91,10 +92,18 @@ class StageOutput:
 
 
 class Stage(Protocol):
-    """One stage of the pipeline."""
+    """One stage of the pipeline.
+
+    Attributes:
+        name: as in recipes, keys and reports.
+        version: raised when the stage's code changes what it writes.
+        every_rank: where several processes share a run, all of them run the stage, because it shares work over samples;
+            only what rank 0 writes and returns is kept. Else rank 0 runs it alone, and the others wait.
+    """
 
     name: str
     version: int
+    every_rank: bool
 
     def skip(self, ctx: Context) -> str | None:
         """Why the stage has nothing to do in this run, or None."""
@@ -103,7 +112,7 @@ class Stage(Protocol):
         """Everything that shapes the stage's bytes."""
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
-        """Write the outputs into `out`; `work` survives a killed process."""
+        """Write the outputs into `out`; `work` survives a killed process (only rank 0 may write there)."""
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Latency of what the stage made, on the target; kept apart, so that targets share the stage's work.
@@ -142,17 +151,30 @@ def key_parts(
     splits: Sequence[Split] = (),
     tools: Sequence[str] = (),
     trains: bool = False,
+    shards_steps: bool = False,
 ) -> KeyParts:
-    """Key parts of a stage from the names of what it reads."""
+    """Key parts of a stage from the names of what it reads.
+
+    Args:
+        ctx: the run.
+        stage: its name and version.
+        config: what it reads of the recipe and the target.
+        inputs: artifacts that it reads.
+        splits: data that it reads.
+        tools: packages that shape its bytes.
+        trains: it trains, or adds up in floating point over batches: the thread count shapes the bytes.
+        shards_steps: each of N processes adds its own batch to an optimiser step, so that N shapes the result.
+    """
     threads = None
     if trains:
         import torch
 
         threads = torch.get_num_threads()
+    shared = {"processes": world()} if shards_steps and world() > 1 else {}
     return KeyParts(
         stage=stage.name,
         version=stage.version,
-        config=config or {},
+        config={**(config or {}), **shared},
         inputs={name: ctx.shas[name] for name in inputs if name in ctx.shas},
         task_sha256=ctx.task.source.sha256(),
         fingerprints={split: ctx.fingerprint(split) for split in splits},

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fusepress.pipeline.distributed import is_main, on_main
 from fusepress.pipeline.errors import CheckpointError
 from fusepress.pipeline.evaluate import evaluate
 from fusepress.pipeline.evidence import Measurement
@@ -21,6 +22,7 @@ class Baseline:
 
     name = "baseline"
     version = 1
+    every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
         """Never: every drop is against the dense model."""
@@ -52,7 +54,7 @@ class Baseline:
         from fusepress.pipeline.graph.apply import load_checkpoint
 
         model = ctx.task.build_model()
-        load_checkpoint(model, self._checkpoint(ctx, work))
+        load_checkpoint(model, on_main(lambda: self._checkpoint(ctx, work)))
         model.eval()
         common.save_weights(model, out / "dense.safetensors")
         ctx.add_artifact("dense_weights", out / "dense.safetensors")
@@ -68,7 +70,7 @@ class Baseline:
             "dense_stats": "dense_stats.npz",
             "dense_onnx": dense_onnx.name,
         }
-        if ctx.recipe.prune is not None:
+        if ctx.recipe.prune is not None and is_main():
             details["graph"] = self._groups(ctx, model, inputs, out)
             artifacts["groups"] = "groups.json"
         return StageOutput(measurements=measurements, details=details, artifacts=artifacts)
@@ -79,7 +81,7 @@ class Baseline:
 
     def _checkpoint(self, ctx: Context, work: Path) -> Path:
         if ctx.checkpoint is not None:
-            return ctx.checkpoint
+            return ctx.checkpoint.resolve()
         ctx.reporter.line(
             f"      the checkpoint {ctx.recipe.checkpoint} is absent: {ctx.task.name}.train_dense trains it now"
         )
@@ -93,12 +95,29 @@ class Baseline:
                     "the path it was given; save the weights there as safetensors"
                 )
             shutil.move(aside, path)
-        return path
+        return path.resolve()
 
     def _export_dense(self, ctx: Context, model: Any, out: Path, accuracy: float) -> tuple[Path, dict[str, Any]]:
         """The dense ONNX in the target's plain precision, with its own accuracy: it stays releasable."""
         from fusepress.export.runtime import OnnxSession
 
+        final, sha = on_main(lambda: self._write_dense(ctx, model, out))
+        session = OnnxSession(final)
+        metrics = evaluate(ctx.task, lambda inputs: session(inputs), "eval").metrics
+        details = {
+            "dense_onnx": {
+                "precision": common.stage_precision(ctx),
+                "sha256": sha,
+                "metric": ctx.task.primary,
+                "value_onnx": metrics[ctx.task.primary],
+                "value_torch": accuracy,
+            }
+        }
+        return final, details
+
+    @staticmethod
+    def _write_dense(ctx: Context, model: Any, out: Path) -> tuple[Path, str]:
+        """Its path, valid for every process while the stage runs, and its sha256."""
         fp32 = out / "dense.onnx"
         common.export_for_target(ctx, model, fp32)
         final = fp32
@@ -110,18 +129,7 @@ class Baseline:
             card = choose_calibration(ctx.task, RANGE_SAMPLES, ctx.recipe.seed)
             convert_fp16(fp32, final, arrays=calibration_arrays(ctx.task, card))
             fp32.unlink()
-        session = OnnxSession(final)
-        metrics = evaluate(ctx.task, lambda inputs: session(inputs), "eval").metrics
-        details = {
-            "dense_onnx": {
-                "precision": common.stage_precision(ctx),
-                "sha256": sha256_file(final),
-                "metric": ctx.task.primary,
-                "value_onnx": metrics[ctx.task.primary],
-                "value_torch": accuracy,
-            }
-        }
-        return final, details
+        return final.resolve(), sha256_file(final)
 
     def _groups(self, ctx: Context, model: Any, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         from fusepress.pipeline.graph.cost import CostModel

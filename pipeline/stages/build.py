@@ -18,6 +18,7 @@ class Build(NoLatency):
 
     name = "build"
     version = 1
+    every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
         """ONNX Runtime runs the ONNX file as it is."""
@@ -69,7 +70,7 @@ class Build(NoLatency):
             power_mode=ctx.power_mode,
             precision=ctx.precision,
             references=references,
-            sparse="masks" in ctx.artifacts,
+            sparse="masks" in ctx.artifacts and ctx.recipe.wants_2to4,
             dense_onnx=ctx.artifacts.get("dense_onnx"),
         )
         details: dict[str, Any] = {"kit": kit.to_dict(), "executed": False, "tensorrt_here": why_no_tensorrt()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusepress.pipeline.distributed import gather_objects, is_main, rank, world
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Replicates, compare, metric_intervals
@@ -93,7 +94,7 @@ def accuracy_measurements(
     prefix: str = "accuracy",
 ) -> list[Measurement]:
     """The task's metrics with 95 % bootstrap intervals, the primary one first."""
-    intervals = metric_intervals(_replicates(ctx, evaluation))
+    intervals = metric_intervals(_replicates(ctx, evaluation)) if is_main() else {}  # only its figures are kept
     names = [ctx.task.primary, *(name for name in evaluation.metrics if name != ctx.task.primary)]
     return [
         Measurement(
@@ -273,13 +274,15 @@ def calib_batches(ctx: Context, count: int) -> list[Batch]:
 
 def constant_metrics(ctx: Context, dense: Predict) -> dict[str, float]:
     """What a prediction that sees no input reaches: the dense model's mean output over the calib split."""
-    total: dict[str, Any] = {}
-    count = 0
-    for batch in ctx.task.batches("calib", 0):
+    own: dict[str, Any] = {}
+    seen = 0
+    for batch in ctx.task.batches("calib", 0, rank=rank(), world=world()):
         for name, value in dense(batch.inputs).items():
-            total[name] = total.get(name, 0.0) + value.double().sum(dim=0, keepdim=True)
-        count += batch.size
-    mean = {name: (value / count).float() for name, value in total.items()}
+            own[name] = own.get(name, 0.0) + value.double().sum(dim=0, keepdim=True)
+        seen += batch.size
+    parts = gather_objects((own, seen))
+    count = sum(samples for _, samples in parts)
+    mean = {name: (sum(part[name] for part, _ in parts if name in part) / count).float() for name in parts[0][0]}
 
     def constant(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         size = next(iter(inputs.values())).shape[0]

@@ -22,6 +22,7 @@ class Export:
 
     name = "export"
     version = 1
+    every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
         """Needless where the recipe starts from ONNX."""
@@ -33,7 +34,7 @@ class Export:
             ctx,
             self,
             config={"opset": [ctx.profile.opset, ctx.profile.opset_scatternd]},
-            inputs=("dense_weights", "weights", "plan"),
+            inputs=("dense_weights", "weights", "plan", "masks"),
             splits=("calib", "eval"),
             tools=("torch", "onnx", "onnxscript", "onnxslim", "onnxruntime-gpu"),
         )
@@ -69,7 +70,7 @@ class Export:
             "metrics_torch": in_torch,
         }
         if "masks" in ctx.artifacts:
-            details["sparsity"] = confirmed_sparsity(out / "model.onnx")
+            details["sparsity"] = confirmed_sparsity(out / "model.onnx", ctx)
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
@@ -86,15 +87,46 @@ class Export:
                 )
 
 
-def confirmed_sparsity(path: Path) -> dict[str, Any]:
-    """2:4 in the file, by our checker and by polygraphy; the two must agree."""
-    from fusepress.export.sparsity import check_sparsity_2to4, polygraphy_sparse_layers
+def confirmed_sparsity(path: Path, ctx: Context) -> dict[str, Any]:
+    """The masks in the file: 2:4 in every masked layer by our checker and by polygraphy; else as many zeros at least.
 
+    Raises:
+        ExportError: the two disagree, or a masked layer lost its pattern.
+    """
+    from fusepress.export.sparsity import (
+        check_sparsity_2to4,
+        lost_zeros,
+        masked_layers_2to4,
+        polygraphy_sparse_layers,
+    )
+    from fusepress.pipeline.graph.masks import load_masks
+
+    masks = load_masks(ctx.artifacts["masks"])
     report = check_sparsity_2to4(path)
+    if not ctx.recipe.wants_2to4:
+        zeros = {n: 1.0 - float(m.float().mean()) for n, m in masks.items() if n.endswith(".weight")}
+        for param, share in lost_zeros(report, zeros).items():
+            raise ExportError(
+                f"expected {zeros[param]:.4f} of {param} to be zero; got {share:.4f} at {path.name}; the masks did not "
+                "survive the export"
+            )
+        return report.to_dict()
     second = polygraphy_sparse_layers(path)
     if report.valid_weights != second:
         raise ExportError(
             f"expected our 2:4 checker and polygraphy to agree; got {len(report.valid_weights)} layers against "
             f"{len(second)} at {path.name}; the masks did not survive the export"
         )
-    return report.to_dict() | {"polygraphy_layers": len(second)}
+    statuses = masked_layers_2to4(report, masks)
+    lost = [param for param, status in statuses.items() if status == "dense"]
+    if lost:
+        raise ExportError(
+            f"expected 2:4 in every masked layer; got {len(lost)} without it, {lost[0]} among them, at {path.name}; "
+            "the masks did not survive the export"
+        )
+    return report.to_dict() | {
+        "masked": len(masks),
+        "masked_confirmed": sum(status == "valid" for status in statuses.values()),
+        "masked_not_exported": [param for param, status in statuses.items() if status == "absent"],
+        "polygraphy_layers": len(second),
+    }

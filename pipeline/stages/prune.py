@@ -19,6 +19,7 @@ class Prune:
 
     name = "prune"
     version = 2
+    every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
         """Optional."""

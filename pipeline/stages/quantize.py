@@ -18,6 +18,7 @@ class Quantize:
 
     name = "quantize"
     version = 1
+    every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
         """FP32 needs no conversion."""
@@ -35,7 +36,7 @@ class Quantize:
                 "host": ctx.on_host,
                 "half_remainder": self._half_remainder(ctx),
             },
-            inputs=("onnx",),
+            inputs=("onnx", "masks"),
             splits=("calib", "eval"),
             tools=("nvidia-modelopt", "onnx", "onnxruntime-gpu", "onnxconverter-common", "onnx-graphsurgeon", "numpy"),
         )
@@ -52,7 +53,7 @@ class Quantize:
             ctx, evaluation, runtime="onnxruntime-cpu", precision=ctx.precision, artifact_sha256=sha
         )
         if "masks" in ctx.artifacts:
-            details["sparsity"] = confirmed_sparsity(final)
+            details["sparsity"] = confirmed_sparsity(final, ctx)
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:

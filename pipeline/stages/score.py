@@ -20,6 +20,7 @@ class Score(NoLatency):
 
     name = "score"
     version = 2
+    every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
         """Nothing to score where nothing is pruned."""
@@ -39,6 +40,7 @@ class Score(NoLatency):
             splits=("train", "calib") if auto else ("train",),
             tools=("torch", "numpy"),
             trains=True,
+            shards_steps=auto,  # its trials train
         )
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.distributed import broadcast_object
 from fusepress.pipeline.stages.allocation import allocate_widths, latency_cost, without_tables
 from fusepress.pipeline.stages.base import Context
 
@@ -70,7 +71,7 @@ def choose_method(
         results[method], trial = _try(ctx, model, graph, cost, latency, method)
         trials.append(trial)
     sign = 1.0 if ctx.task.metrics[ctx.task.primary] == "max" else -1.0
-    best = max(trials, key=lambda trial: sign * trial.value)
+    best = broadcast_object(max(trials, key=lambda trial: sign * trial.value))
     return results[best.method], {
         "chosen": best.method,
         "metric": ctx.task.primary,
@@ -115,6 +116,7 @@ def _train(ctx: Context, model: nn.Module) -> None:
     from fusepress.pipeline.recovery.finetune import finetune
 
     wanted = ctx.recipe.finetune or FinetuneConfig()
-    config = wanted.model_copy(update={"steps": ctx.recipe.score.probe_steps, "distill": False, "ema": 0.0})
+    short = {"steps": ctx.recipe.score.probe_steps, "distill": False, "ema": 0.0, "early_stop": False, "log": ()}
+    config = wanted.model_copy(update=short)
     with tempfile.TemporaryDirectory() as folder:
         finetune(model, None, ctx.task, config, seed=ctx.recipe.seed, workdir=Path(folder))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusepress.pipeline.corrupt import corrupt
+from fusepress.pipeline.distributed import is_main
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Condition, Replicates, compare, save_replicates
@@ -25,6 +26,7 @@ class Verify:
 
     name = "verify"
     version = 1
+    every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
         """Never: without it no gate has a number."""
@@ -69,6 +71,8 @@ class Verify:
         measurements += self._robustness(ctx, pairs, kind, sha)
         ctx.reporter.update(0.85, "bootstrap")
         constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
+        if not is_main():
+            return StageOutput()  # what follows is for the files
         save_replicates(out / "replicates.npz", self._replicates(ctx, pairs, constant, sha))
         details: dict[str, Any] = {
             "pictures": self._pictures(ctx, dense, compressed, out),
