@@ -260,6 +260,11 @@ class FinetuneConfig(Section):
             raise ValueError(
                 "expected `distill_features` above 0 with `distill_points`; got 0; give the weight of their loss"
             )
+        if self.compile and (self.distill_features > 0 or self.loss_weights == "gradnorm"):
+            raise ValueError(
+                "expected `compile: false` with `distill_features` and with `loss_weights: gradnorm`; got true; they "
+                "look into the student's graph, which a compiled one hides"
+            )
         return self
 
 
