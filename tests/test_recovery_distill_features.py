@@ -281,9 +281,28 @@ class Wrapped(nn.Module):
 def test_the_fuser_runs_after_all_branches_and_is_no_output() -> None:
     branches = {"camera": ["net.early", "net.late"]}
     assert find_fuser(Wrapped(), {"x": zoo.image()}, branches) == "net.neck"
+    assert default_points(Wrapped(), {"x": zoo.image()}, branches) == ["net.early", "net.late", "net.neck"]
     bare = nn.ModuleDict({"camera": zoo.conv_bn(3, 8), "head": nn.Conv2d(8, 2, 1)})
     bare.forward = lambda x: bare["head"](bare["camera"](x))
     assert find_fuser(bare, {"x": zoo.image()}, {"camera": ["camera"]}) is None
+
+
+class Staged(nn.Module):
+    """Branches whose stages are called one by one, with a fusion between them: nobody calls the branch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.camera = nn.ModuleDict({"late": zoo.conv_bn(8, 8), "stages": nn.ModuleList([zoo.conv_bn(3, 8)])})
+        self.lidar, self.mix = zoo.conv_bn(2, 8), zoo.conv_bn(8, 8)
+        self.neck, self.head = zoo.conv_bn(8, 8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, image: Tensor, scan: Tensor) -> Tensor:
+        mixed = self.mix(self.camera["stages"][0](image) + self.lidar(scan))  # type: ignore[index]
+        return self.head(self.neck(self.camera["late"](mixed)))  # type: ignore[no-any-return]
+
+
+def test_a_branch_that_is_called_in_parts_returns_what_its_last_part_does() -> None:
+    assert default_points(Staged(), inputs(), BRANCHES) == ["camera.late", "lidar", "neck"]
 
 
 def test_a_tap_sees_the_latest_forward_pass_and_only_those_with_a_graph_if_asked() -> None:

@@ -315,9 +315,19 @@ def _told(dense: Tensor, pruned: Tensor | None, answer: Tensor | None, tolerance
 
 
 def default_points(model: nn.Module, inputs: Mapping[str, Tensor], branches: Mapping[str, Sequence[str]]) -> list[str]:
-    """The branches' modules and the fuser, if there is one."""
+    """What the branches return, and the fuser, if there is one.
+
+    A branch whose module is not called itself (its parts are, between the fusions) returns what the last of its
+    outermost called modules does.
+    """
+    calls, _ = _calls(model, inputs)
+    order = {name: k for k, (name, _) in enumerate(calls)}
+    points = []
+    for path in (path for paths in branches.values() for path in paths):
+        parts = [path] if path in order else _outermost(model.get_submodule(path), path, [], set(order))
+        points.append(max(parts, key=lambda name: order[name], default=path))
     fuser = find_fuser(model, inputs, branches)
-    return [*(path for paths in branches.values() for path in paths), *([fuser] if fuser is not None else [])]
+    return [*points, *([fuser] if fuser is not None else [])]
 
 
 def find_fuser(model: nn.Module, inputs: Mapping[str, Tensor], branches: Mapping[str, Sequence[str]]) -> str | None:
@@ -332,6 +342,19 @@ def find_fuser(model: nn.Module, inputs: Mapping[str, Tensor], branches: Mapping
         The path of the outermost such module, or None.
     """
     paths = [path for listed in branches.values() for path in listed]
+    calls, outputs = _calls(model, inputs)
+    last = max((k for k, (name, _) in enumerate(calls) if any(inside(name, path) for path in paths)), default=-1)
+    whole = set(_outermost(model, "", paths, {name for name, _ in calls}))
+    made = {id(tensor) for tensor in outputs}
+    for name, found in calls[last + 1 :]:
+        weighs = name in whole and any(True for _ in model.get_submodule(name).parameters())
+        if weighs and not any(id(tensor) in made for tensor in found):
+            return name
+    return None
+
+
+def _calls(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[tuple[str, list[Tensor]]], list[Tensor]]:
+    """Modules in the order in which their forward pass ends, with what they return; and what the model returns."""
     ends: list[tuple[str, list[Tensor]]] = []
     hooks = [
         module.register_forward_hook(lambda _m, _i, out, name=name: ends.append((name, tensors_in(out))))
@@ -340,24 +363,16 @@ def find_fuser(model: nn.Module, inputs: Mapping[str, Tensor], branches: Mapping
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            outputs = {id(tensor) for tensor in tensors_in(model.eval()(**inputs))}
+            return ends, tensors_in(model.eval()(**inputs))
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    last = max((k for k, (name, _) in enumerate(ends) if any(inside(name, path) for path in paths)), default=-1)
-    called = {name for name, _ in ends}
-    whole = set(_outermost(model, "", paths, called))
-    for name, made in ends[last + 1 :]:
-        weighs = name in whole and any(True for _ in model.get_submodule(name).parameters())
-        if weighs and not any(id(tensor) in outputs for tensor in made):
-            return name
-    return None
 
 
 def _outermost(module: nn.Module, name: str, paths: Sequence[str], called: set[str]) -> list[str]:
-    """Called modules that neither lie in a branch nor hold one, and lie in no other such module."""
+    """Called modules that neither lie at one of the paths nor hold one, and lie in no other such module."""
     if any(inside(name, path) for path in paths):
         return []
     if name and name in called and not any(inside(path, name) for path in paths):
