@@ -28,10 +28,10 @@ class ToyUser:
         self.losses = losses
 
     def batches(self, split: str, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        index = start
+        index = start * world + rank
         while True:
             yield self.data[index % len(self.data)]
-            index += 1
+            index += world
 
 
 def loaded(data: Sequence[Batch], branches: Mapping[str, Sequence[str]], losses: Losses = squared_error) -> LoadedTask:
