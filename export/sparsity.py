@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from fusepress.pipeline.errors import ExportError
 
 Array = np.ndarray[Any, Any]
 Status = Literal["valid", "dense", "not eligible"]
+MaskedStatus = Literal["valid", "dense", "absent"]
 SEEN_THROUGH = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})
 POLYGRAPHY_TIMEOUT_S = 600.0
 
@@ -150,6 +153,48 @@ def _judge(node: Any, name: str, weight: Array, axis: int) -> LayerSparsity:
     if bad:
         return _layer(node, name, "dense", f"{bad} of {len(groups)} groups of four have more than 2 non-zeros", zeros)
     return _layer(node, name, "valid", "", zeros)
+
+
+def masked_layers_2to4(report: SparsityReport, params: Collection[str]) -> dict[str, MaskedStatus]:
+    """What became of masked parameters in the file, by the module paths in the names of its nodes.
+
+    Args:
+        report: of the file.
+        params: masked parameters of the torch model, e.g. "camera.stem.weight".
+
+    Returns:
+        Parameter -> valid (every layer made of its module is 2:4), dense (one is not), or absent (the file has no layer
+        of the module: the exported forward pass does not use it).
+    """
+    by_module: dict[str, list[LayerSparsity]] = {}
+    for layer in report.layers:
+        by_module.setdefault(layer.name.rpartition("/")[0], []).append(layer)
+    masks = Counter(param.rpartition(".")[0] for param in params)
+    found: dict[str, MaskedStatus] = {}
+    for param in params:
+        module = param.rpartition(".")[0]
+        layers = by_module.get(module, [])
+        valid = sum(layer.status == "valid" for layer in layers)
+        dense = sum(layer.status == "dense" for layer in layers)
+        # the projections of an attention are one module; some of them may be dense for a reason
+        whole = valid >= masks[module] and (not dense or masks[module] > 1)
+        found[param] = "valid" if layers and whole else "dense" if layers else "absent"
+    return found
+
+
+def lost_zeros(report: SparsityReport, zeros: Mapping[str, float]) -> dict[str, float]:
+    """Parameters whose zeros are not all in the file.
+
+    Args:
+        report: of the file.
+        zeros: masked weight of a convolution or linear layer -> fraction of it that is zero in torch.
+
+    Returns:
+        Parameter -> fraction of zeros in the file, where that is smaller; those without a layer in it are absent.
+    """
+    by_module = {layer.name.rpartition("/")[0]: layer.zeros for layer in report.layers}
+    found = {param: by_module.get(param.rpartition(".")[0]) for param in zeros}
+    return {param: share for param, share in found.items() if share is not None and share < zeros[param] - 1e-6}
 
 
 def polygraphy_sparse_layers(path: Path) -> set[str]:

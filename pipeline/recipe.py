@@ -47,6 +47,27 @@ LossWeights = Annotated[
 ]
 
 
+def _quoted(value: Any) -> Any:
+    """Unquoted, 2:4 is a number to YAML (minutes and seconds)."""
+    if value == 124 and not isinstance(value, str):
+        raise ValueError('expected the pattern in quotes, pattern: "2:4"; YAML reads 2:4 as 124 seconds')
+    return value
+
+
+def _spread_choice(value: Any) -> Any:
+    """One message instead of one a member of the union."""
+    if value in ("equal", "search"):
+        return value
+    fractions = value.values() if isinstance(value, dict) and value else [None]
+    if all(isinstance(f, int | float) and not isinstance(f, bool) and 0 <= f < 1 for f in fractions):
+        return value
+    raise ValueError("expected equal, search, or a removed fraction from 0 to below 1 for each modality")
+
+
+Pattern = Annotated[Literal["2:4", "unstructured"], BeforeValidator(_quoted)]
+SpreadChoice = Annotated[Literal["equal", "search"] | dict[str, float], BeforeValidator(_spread_choice)]
+
+
 class Section(BaseModel):
     """Base of all recipe sections: frozen, and unknown keys are refused."""
 
@@ -269,12 +290,71 @@ class FinetuneConfig(Section):
 
 
 class SparsifyConfig(Section):
-    """2:4 sparsity. `recover: masked` fine-tunes under the masks for `steps`."""
+    """Zeros among the weights, and training that keeps them.
 
-    pattern: Literal["2:4"] = "2:4"
-    recover: Literal["masked", "none"] = "masked"
+    Attributes:
+        pattern: "2:4" (at most two non-zeros in four consecutive input channels, which sparse kernels need) or
+            unstructured (single weights; smaller, but no faster on the targets).
+        sparsity: removed fraction of all weights (unstructured).
+        scope: what is ranked together (unstructured): each layer by itself, each branch, or the whole network.
+        spread: of the sparsity over the modalities (unstructured): equal, search (on the calib split, at equal zeros),
+            or the removed fraction of each, e.g. {camera: 0.9, lidar: 0.7, fusion: 0.0}; those left out stay dense.
+        modalities: which of them (and "fusion") get the 2:4 pattern; default: all.
+        choose: what decides: magnitude, score (the criterion of the `score` section, of single weights), or sparsegpt
+            (what changes each layer's outputs least, with an update of the weights that stay).
+        samples: calibration samples of sparsegpt.
+        permute: reorder channels first, so that 2:4 keeps more magnitude (or score).
+        recover: masked (train all weights under the masks), sparselora (masked low-rank updates), or none.
+        rank: of a low-rank update at most.
+        lora_alpha: their scale is lora_alpha / rank.
+        max_trainable: largest share of the parameters that sparselora trains.
+        norms_and_biases: sparselora trains them, too.
+        steps: of training.
+        lr: its peak learning rate.
+    """
+
+    pattern: Pattern = "2:4"
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
+    scope: Literal["layer", "branch", "global"] = "layer"
+    spread: SpreadChoice = "equal"
+    modalities: tuple[str, ...] | None = Field(default=None, min_length=1)
+    choose: Literal["magnitude", "score", "sparsegpt"] = "magnitude"
+    samples: int = Field(default=32, ge=1)
+    permute: bool = False
+    recover: Literal["masked", "sparselora", "none"] = "masked"
+    rank: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16.0, gt=0)
+    max_trainable: Fraction = 0.1
+    norms_and_biases: bool = True
     steps: int = Field(default=200, ge=0)
     lr: float = Field(default=5e-4, gt=0)
+
+    @model_validator(mode="after")
+    def _of_one_pattern(self) -> SparsifyConfig:
+        two_four = self.pattern == "2:4"
+        named = not isinstance(self.spread, str)
+        if two_four and (self.sparsity is not None or self.scope != "layer" or self.spread != "equal"):
+            raise ValueError(
+                "expected no `sparsity`, `scope` or `spread` with 2:4, which is half of every layer; use `modalities`, "
+                "or pattern: unstructured"
+            )
+        if not two_four and (self.modalities is not None or self.permute):
+            raise ValueError(
+                "expected no `modalities` or `permute` with pattern unstructured; spare a modality with `spread`, e.g. "
+                "spread: {camera: 0.8, lidar: 0.8, fusion: 0.0}"
+            )
+        if not two_four and named == (self.sparsity is not None):
+            raise ValueError(
+                "expected either `sparsity`, e.g. 0.8, or the sparsity of each modality in `spread`; give one of them"
+            )
+        if self.choose == "sparsegpt" and self.scope != "layer":
+            raise ValueError(
+                f"expected scope: layer with choose: sparsegpt, whose layers are pruned one by one; got {self.scope}; "
+                "change one of the two"
+            )
+        if self.scope == "global" and self.spread != "equal":
+            raise ValueError("expected no `spread` with scope: global, which ranks all weights; change one of the two")
+        return self
 
 
 class QuantizeConfig(Section):
@@ -349,12 +429,26 @@ class Recipe(Section):
     verify: VerifyConfig = VerifyConfig()
     gates: GatesConfig = GatesConfig()
 
+    @property
+    def wants_2to4(self) -> bool:
+        """The release carries the pattern that sparse kernels need."""
+        return self.sparsify is not None and self.sparsify.pattern == "2:4"
+
     @field_validator("task")
     @classmethod
     def _names_a_class(cls, value: str) -> str:
         if ":" not in value:
             raise ValueError("expected `path/to/file.py:ClassName`")
         return value
+
+    @model_validator(mode="after")
+    def _weights_need_one_criterion(self) -> Recipe:
+        if self.sparsify is not None and self.sparsify.choose == "score" and self.score.method == "auto":
+            raise ValueError(
+                "expected one criterion in `score.method` with sparsify.choose: score; got auto, which tries channels "
+                "only; name a criterion"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_gate_to_stop_at(self) -> Recipe:

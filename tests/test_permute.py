@@ -274,3 +274,21 @@ def test_a_tied_weight_is_reordered_once() -> None:
     before = first.weight.detach().clone()
     permute_tensors(tensors_of(model), [group], {"g": [1, 0, *range(2, 8)]})
     assert torch.equal(first.weight, before[:, [1, 0, *range(2, 8)]])
+
+
+def test_training_may_see_the_former_order_and_masks_move_with_the_weights() -> None:
+    model, inputs = made("PillarNet"), inputs_of("PillarNet")
+    former = {name: value.clone() for name, value in model.state_dict().items()}
+    values = magnitudes(model)
+    found = permute_2to4(model, inputs, find_groups(model, inputs, {}, blocks=False).groups, values)
+    masks, _ = masks_2to4(model, values)
+    reordered = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {name: mask.clone() for name, mask in masks.items()}
+    with found.undone(model, masks):
+        assert all(torch.equal(former[name], value) for name, value in model.state_dict().items())
+        assert any(not torch.equal(kept[name], mask) for name, mask in masks.items())
+        MaskHolder(masks).apply(model)
+    assert all(torch.equal(kept[name], mask) for name, mask in masks.items())
+    for name, value in model.state_dict().items():
+        expected = torch.where(kept[name], reordered[name], 0.0) if name in kept else reordered[name]
+        assert torch.equal(value, expected)

@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusepress.pipeline.errors import RecipeError
 from fusepress.pipeline.scoring.unstructured import (
     HIGHEST,
     Scope,
     Spread,
-    check_spread,
     equal_spread,
     search_spread,
     shared,
@@ -75,12 +73,6 @@ def test_shares_are_whole_sum_up_and_fit(total: int, sizes: list[int]) -> None:
     parts = shared(total, sizes)
     assert sum(parts) == total
     assert all(0 <= part <= size for part, size in zip(parts, sizes, strict=True))
-
-
-def test_a_spread_of_the_recipe_is_completed_and_unknown_modalities_are_refused() -> None:
-    assert check_spread({"lidar": 0.7}, ["camera", "lidar"]) == {"camera": 0.0, "lidar": 0.7, "fusion": 0.0}
-    with pytest.raises(RecipeError, match="expected modalities of camera, lidar, fusion; got 'radar'"):
-        check_spread({"radar": 0.5}, ["camera", "lidar"])
 
 
 def zeros(spread: Spread) -> float:

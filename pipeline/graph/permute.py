@@ -39,12 +39,33 @@ class Permutation:
         kept_before: parameter -> fraction of its values that the best 2:4 mask kept before.
         kept_after: the same after.
         refused: groups that cannot be reordered, with the reason.
+        groups: those that can.
     """
 
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kept_before: dict[str, float] = field(default_factory=dict)
     kept_after: dict[str, float] = field(default_factory=dict)
     refused: tuple[Skip, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    @contextmanager
+    def undone(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model and its masks with their channels in the former order; afterwards reordered again.
+
+        Training then sees the channels where the plan, and with it a teacher's features, have them.
+
+        Args:
+            model: the reordered model.
+            masks: of its parameters; changed in place with it.
+        """
+        back = {name: inverse(order) for name, order in self.orders.items()}
+        for tensors in (tensors_of(model), masks):
+            permute_tensors(tensors, self.groups, back)
+        try:
+            yield
+        finally:
+            for tensors in (tensors_of(model), masks):
+                permute_tensors(tensors, self.groups, self.orders)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -95,6 +116,7 @@ def permute_2to4(
         kept_before={name: before[name] / whole[name] for name in values},
         kept_after={name: after[name] / whole[name] for name in values},
         refused=tuple(refused),
+        groups=tuple(able),
     )
 
 

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fusepress.pipeline.errors import RecipeError
-from fusepress.pipeline.graph.plan import FUSION
 from fusepress.pipeline.scoring.altermoma import weight_masks
 
 Scope = Literal["layer", "branch", "global"]
@@ -82,21 +80,6 @@ def shared(total: int, sizes: Sequence[int]) -> list[int]:
     whole = sum(sizes) or 1
     ends = [0, *(round(total * part / whole) for part in itertools.accumulate(sizes))]
     return [after - before for before, after in itertools.pairwise(ends)]
-
-
-def check_spread(spread: Mapping[str, float], branches: Sequence[str]) -> Spread:
-    """A spread of the recipe, completed: branches that it leaves out stay dense.
-
-    Raises:
-        RecipeError: it names a branch that the task does not have.
-    """
-    known = [*dict.fromkeys([*branches, FUSION])]
-    unknown = [name for name in spread if name not in known]
-    if unknown:
-        raise RecipeError(
-            f"expected modalities of {', '.join(known)}; got {unknown[0]!r} at sparsify.spread; correct the recipe"
-        )
-    return {name: float(spread.get(name, 0.0)) for name in known}
 
 
 def equal_spread(total: float, counts: Mapping[str, int]) -> Spread:
@@ -194,7 +177,6 @@ __all__ = [
     "Scope",
     "Spread",
     "SpreadSearch",
-    "check_spread",
     "equal_spread",
     "search_spread",
     "shared",

@@ -1,0 +1,231 @@
+"""The sparsify stage under every way to choose and recover, down to the INT8 file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from safetensors.torch import load_file
+
+import fusepress
+from fusepress.pipeline.api import make_context, new_record, preflight
+from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.errors import ExportError, RecipeError
+from fusepress.pipeline.evidence import RunRecord
+from fusepress.pipeline.graph.apply import weights_bytes
+from fusepress.pipeline.graph.masks import load_masks, save_masks, violations_2to4
+from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
+from fusepress.pipeline.recovery.finetune import finetune
+from fusepress.pipeline.runner import run_stages
+from fusepress.pipeline.stages import STAGES
+from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.stages.export import confirmed_sparsity
+from fusepress.pipeline.store import Store
+from fusepress.pipeline.task import load_task
+
+TESTS = Path(__file__).parent
+RECIPE: dict[str, Any] = {
+    "task": "sparsify_toy.py:Toy",
+    "checkpoint": "dense.safetensors",
+    "target": "jetson-agx-orin-64gb",
+    "score": {"method": "taylor", "batches": 2},
+    "prune": {"macs": 0.7, "align": 8},
+    "finetune": {"steps": 0},
+    "sparsify": {"steps": 6, "lr": 1e-3, "samples": 8},
+    "quantize": {"precision": "int8", "samples": 8, "method": "max"},
+}
+TRAINED = ("baseline", "score", "prune", "sparsify")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose checkpoint is a network with settled norms, trained a little."""
+    folder = tmp_path_factory.mktemp("sparsify")
+    (folder / "sparsify_toy.py").write_text((TESTS / "sparsify_toy.py").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    task = load_task("sparsify_toy.py:Toy", base=folder)
+    model = task.build_model()
+    finetune(model, None, task, FinetuneConfig(steps=40, lr=5e-3), seed=0, workdir=folder / "work")
+    (folder / "dense.safetensors").write_bytes(weights_bytes(model))
+    return folder
+
+
+def compress(
+    project: Path, name: str, *overrides: str, stages: tuple[str, ...] = TRAINED
+) -> tuple[RunRecord, Context, Path]:
+    """The stages up to the one in question; the store is shared, so what they have in common is made once."""
+    loaded = load_recipe(project / "recipe.yaml", [f"sparsify.{text}" for text in overrides])
+    ctx = make_context(loaded, Reporter(quiet=True))
+    folder = project / "runs" / name
+    preflight(ctx, Store(folder.parent / ".store"))
+    record = new_record(ctx, folder, "")
+    run_stages(ctx, [stage for stage in STAGES if stage.name in stages], record, folder)
+    return record, ctx, folder
+
+
+def details_of(record: RunRecord, stage: str = "sparsify") -> dict[str, Any]:
+    found = record.stage(stage)
+    assert found is not None
+    return found.details
+
+
+@pytest.fixture(scope="module")
+def released(project: Path) -> tuple[RunRecord, Context, Path]:
+    """Everything at once: permuted, chosen by SparseGPT, recovered by SparseLoRA, exported, quantised."""
+    options = ("choose=sparsegpt", "permute=true", "recover=sparselora", "max_trainable=0.2")
+    return compress(project, "int8", *options, stages=(*TRAINED, "export", "quantize"))
+
+
+def test_every_masked_layer_is_found_in_the_int8_file_by_both_checkers(
+    released: tuple[RunRecord, Context, Path],
+) -> None:
+    record, _, _ = released
+    masked = [row["param"] for row in details_of(record)["layers"] if row["status"] == "masked"]
+    assert len(masked) == 7
+    for stage in ("export", "quantize"):
+        facts = details_of(record, stage)["sparsity"]
+        assert facts["masked"] == facts["masked_confirmed"] == len(masked)
+        assert facts["masked_not_exported"] == []
+        assert facts["polygraphy_layers"] >= len(masked)
+
+
+def test_at_most_two_of_four_are_not_zero_in_torch_and_in_the_file(released: tuple[RunRecord, Context, Path]) -> None:
+    _, ctx, _ = released
+    masks = load_masks(ctx.artifacts["masks"])
+    model = fusepress.load(ctx.task.build_model(), ctx.artifacts["plan"], ctx.artifacts["weights"])
+    for name, mask in masks.items():
+        weight = model.get_parameter(name).detach()
+        assert violations_2to4(weight) == 0
+        assert not weight[~mask].view(torch.int32).any()
+    proto = onnx.load(ctx.artifacts["onnx"])
+    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    seen = 0
+    for name in masks:  # convolutions keep their weights' names through Q/DQ, in torch's layout
+        if name in tensors and tensors[name].ndim == 4:
+            assert violations_2to4(torch.from_numpy(tensors[name].astype("float32"))) == 0
+            seen += 1
+    assert seen == 5
+
+
+def test_the_report_says_what_was_kept_trained_and_reordered(released: tuple[RunRecord, Context, Path]) -> None:
+    record, ctx, folder = released
+    details = details_of(record)
+    rows, facts = details["layers"], details["sparsity"]
+    for row in rows:
+        if row["status"] == "masked":
+            assert row["density"] == 0.5
+            assert 0.5 < row["kept_magnitude"] < 1
+            assert row["error"] < row["error_magnitude"]
+        else:
+            assert row["reason"]
+    assert facts["kept_after_permuting"] > facts["kept_before_permuting"]
+    assert 0 < facts["sparselora"]["fraction"] <= 0.2
+    assert set(facts["density"]) == {*ctx.task.branches, "fusion"}
+    saved = json.loads((folder / "sparsify/permutation.json").read_text())
+    widths = {group["id"]: group["kept"] for group in details_of(record, "prune")["groups"]}
+    assert saved["orders"]
+    for group, order in saved["orders"].items():
+        assert sorted(order) == list(range(widths[group]))
+
+
+def test_a_pattern_that_did_not_survive_is_refused(released: tuple[RunRecord, Context, Path], tmp_path: Path) -> None:
+    _, ctx, _ = released
+    masks = load_masks(ctx.artifacts["masks"])
+    dense = next(
+        row["param"] for row in details_of(released[0])["layers"] if "transposed" not in row.get("reason", "x")
+    )
+    masks[dense] = torch.ones(1, dtype=torch.bool)
+    save_masks(masks, tmp_path / "masks.safetensors")
+    before = ctx.artifacts["masks"]
+    try:
+        ctx.artifacts["masks"] = tmp_path / "masks.safetensors"
+        with pytest.raises(ExportError, match="expected 2:4 in every masked layer; got 1 without it"):
+            confirmed_sparsity(ctx.artifacts["onnx"], ctx)
+    finally:
+        ctx.artifacts["masks"] = before
+
+
+@pytest.mark.parametrize("choose", ["magnitude", "score", "sparsegpt"])
+def test_each_criterion_chooses_other_weights_of_the_same_layers(project: Path, choose: str) -> None:
+    record, ctx, _ = compress(project, choose, f"choose={choose}", "recover=none")
+    masks = load_masks(ctx.artifacts["masks"])
+    weights = load_file(ctx.artifacts["weights"])
+    assert all(int(weights[name][~mask].count_nonzero()) == 0 for name, mask in masks.items())
+    assert details_of(record)["sparsity"]["chosen_by"] == choose
+    if choose == "sparsegpt":
+        _, plain, _ = compress(project, "plain", "choose=magnitude", "recover=none")
+        others = load_masks(plain.artifacts["masks"])
+        assert set(others) == set(masks)
+        assert any(not torch.equal(others[name], masks[name]) for name in masks)
+
+
+def test_modalities_that_are_not_named_stay_dense(project: Path) -> None:
+    record, ctx, _ = compress(project, "camera", "modalities=[camera]", "recover=none")
+    masks = load_masks(ctx.artifacts["masks"])
+    assert masks
+    assert all(name.startswith("camera") for name in masks)
+    rows = details_of(record)["layers"]
+    assert any(row.get("reason") == "lidar stays dense: it is not among sparsify.modalities" for row in rows)
+    assert details_of(record)["sparsity"]["density"]["lidar"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("sparsity=0.7",), {"camera": 0.7, "lidar": 0.7, "fusion": 0.7}),
+        (("spread={camera: 0.9, lidar: 0.5}",), {"camera": 0.9, "lidar": 0.5, "fusion": 0.0}),
+    ],
+    ids=["equal", "named"],
+)
+def test_unstructured_zeros_are_spread_as_the_recipe_says(
+    project: Path, overrides: tuple[str, ...], expected: dict[str, float]
+) -> None:
+    record, ctx, _ = compress(project, "spread", "pattern=unstructured", *overrides)
+    found = details_of(record)["sparsity"]
+    for branch, sparsity in expected.items():
+        assert found["density"][branch] == pytest.approx(1 - sparsity, abs=0.01)
+    weights = load_file(ctx.artifacts["weights"])
+    for name, mask in load_masks(ctx.artifacts["masks"]).items():
+        assert int(weights[name][~mask].count_nonzero()) == 0
+
+
+def test_the_spread_is_searched_on_the_calib_split_at_equal_zeros(project: Path) -> None:
+    options = ("pattern=unstructured", "sparsity=0.6", "spread=search", "recover=none", "scope=branch")
+    record, ctx, _ = compress(project, "search", *options)
+    search = details_of(record)["spread_search"]
+    values = [value for _, value in search["tried"]]
+    assert len(values) > 3
+    assert search["value"] == max(values)
+    masks = load_masks(ctx.artifacts["masks"])
+    rows = details_of(record)["layers"]
+    weights = load_file(ctx.artifacts["weights"])
+    eligible = [row["param"] for row in rows if "reason" not in row or "sparsity is 0" in row["reason"]]
+    total = sum(weights[name].numel() for name in eligible)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == pytest.approx(0.6 * total, abs=3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("modalities=[radar]",), ("pattern=unstructured", "spread={radar: 0.5}")],
+    ids=["2:4", "unstructured"],
+)
+def test_a_modality_that_the_task_does_not_have_is_refused(project: Path, overrides: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError, match=r"expected modalities of camera, lidar, fusion; got 'radar' at sparsify\."):
+        compress(project, "radar", *overrides)
+
+
+def test_unstructured_zeros_survive_in_the_file(project: Path) -> None:
+    options = ("pattern=unstructured", "sparsity=0.8", "recover=sparselora", "max_trainable=0.3")
+    record, ctx, _ = compress(project, "zeros", *options, stages=(*TRAINED, "export"))
+    layers = {layer["name"]: layer["zeros"] for layer in details_of(record, "export")["sparsity"]["layers"]}
+    assert min(layers.values()) == pytest.approx(0.8, abs=0.05)
+    none = {name: torch.zeros_like(mask) for name, mask in load_masks(ctx.artifacts["masks"]).items()}
+    save_masks(none, ctx.artifacts["masks"])
+    with pytest.raises(ExportError, match=r"expected 1\.0000 of .* to be zero; got 0\."):
+        confirmed_sparsity(ctx.artifacts["onnx"], ctx)
