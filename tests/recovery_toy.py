@@ -49,13 +49,15 @@ class Toy:
     inputs_by_modality = {"camera": ["image"], "lidar": ["points"]}
     distill_kinds = {"logits": "classes"}
 
+    epoch = EPOCH
+
     def build_model(self) -> nn.Module:
         return Net()
 
     def batches(self, split: str, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         if split == "train":
             torch.empty((), dtype=torch.int64).random_()  # as a data loader does when it starts
-        for number in range(start, EPOCH):
+        for number in range(start * world + rank, self.epoch, world):
             generator = torch.Generator().manual_seed(1000 * seed + number)
             label = torch.randint(0, 3, (SIZE,), generator=generator)
             image = torch.randn(SIZE, 4, 5, 5, generator=generator)
@@ -77,6 +79,22 @@ class Toy:
 
     def score(self, stats: dict[str, Any]) -> dict[str, float]:
         return {"accuracy": float(stats["right"].mean())}
+
+
+class Uneven(Toy):
+    """An epoch of eight batches, which two processes share alike, of different sizes."""
+
+    epoch = 8
+
+    def batches(self, split: str, seed: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        for batch in super().batches(split, seed, start=start, rank=rank, world=world):
+            size = SIZE - int(batch.sample_ids[0].split("-")[2]) % 3
+            yield Batch(
+                inputs={name: value[:size] for name, value in batch.inputs.items()},
+                targets={name: value[:size] for name, value in batch.targets.items()},
+                sample_ids=list(batch.sample_ids)[:size],
+                groups=list(batch.groups)[:size],
+            )
 
 
 def models() -> tuple[nn.Module, nn.Module]:

@@ -1,42 +1,68 @@
-"""Data-parallel training: what the ranks agree on after each step, on top of `fusepress.pipeline.distributed`.
+"""Data-parallel training: what the ranks exchange in a step, on top of `fusepress.pipeline.distributed`.
 
-The mean of the N ranks' gradients is the gradient of the mean of their losses: what one process gets that accumulates
-the same N shards with weight 1/N each. Nothing happens in a single process.
+Every rank runs its own batches through its own copy of the model. A batch counts by its share of all samples of the
+step, so the sum of the ranks' gradients is the gradient of the mean over all samples: what one process gets that
+accumulates the same shards. Nothing happens in a single process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusepress.pipeline.distributed import all_reduce_, broadcast_, sum_gradients_, world
-
-
-def mean_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the ranks; one that is None on some ranks counts as zero there.
-
-    Raises:
-        RankError: a rank failed or was lost.
-    """
-    every = list(parameters)
-    sum_gradients_(every)
-    if world() > 1:
-        for parameter in every:
-            if parameter.grad is not None:
-                parameter.grad /= world()
+from fusepress.pipeline.distributed import all_reduce_, broadcast_, rank, world
+from fusepress.pipeline.recovery import rng
 
 
-def mean_buffers_(model: nn.Module) -> None:
-    """Replace floating-point buffers (batch norm statistics) by their mean over the ranks, others by those of rank 0.
-
-    The mean of the running variances leaves out how far the shards' means lie apart, as it does in torch's own
-    data-parallel training without synchronised batch norms.
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The tensor, replaced in place by the sum of the ranks' ones.
 
     Raises:
         RankError: a rank failed or was lost.
     """
-    buffers = list(model.buffers())
-    all_reduce_([buffer for buffer in buffers if torch.is_floating_point(buffer)], "mean")
-    broadcast_([buffer for buffer in buffers if not torch.is_floating_point(buffer)])
+    all_reduce_([value])
+    return value
+
+
+def sum_losses(losses: Mapping[str, float]) -> dict[str, float]:
+    """Named numbers added up over the ranks; all ranks have the same names.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
+    if world() == 1:
+        return dict(losses)
+    sums = sum_over_ranks(torch.tensor([losses[name] for name in sorted(losses)], dtype=torch.float64))
+    found = dict(zip(sorted(losses), sums.tolist(), strict=True))
+    return {name: found[name] for name in losses}
+
+
+def average_norms_(norms: Sequence[_BatchNorm]) -> None:
+    """Replace running means and variances by their means over the ranks.
+
+    The mean of the variances leaves out how far the ranks' means lie apart, as torch's own data-parallel training does
+    where batch norms are not synchronised.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+    all_reduce_(statistics, "mean")
+
+
+def adopt_buffers_(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: what a model counts or collects by itself is rank 0's.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
+    broadcast_(list(model.buffers()))
+
+
+def draw_apart(seed: int) -> None:
+    """Let every rank but the first draw its own numbers from here on: dropout, for one."""
+    if rank() > 0:
+        rng.seed_all(seed, stream=rank())

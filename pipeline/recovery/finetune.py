@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fusepress.pipeline.distributed import broadcast_model_, on_main, rank
 from fusepress.pipeline.errors import TaskError, TrainingError
 from fusepress.pipeline.graph.plan import PrunePlan
 from fusepress.pipeline.recipe import FinetuneConfig, TrainingFormat
@@ -104,7 +105,8 @@ def finetune(
                 _distilled(student, teacher, experts or {}, plan, task, config, seed, device)
             )
             if task.offers("fit"):
-                result = fit_by_user(student, distiller, task, config, seed, workdir, masks, tell)
+                result = on_main(lambda: fit_by_user(student, distiller, task, config, seed, workdir, masks, tell))
+                broadcast_model_(student)
             else:
                 amp = Amp(precision or config.precision, device)
                 trainer = Trainer(student, distiller, task, config, seed, amp, masks, stop)
@@ -120,7 +122,10 @@ def finetune(
 def _told(
     progress: Callable[[TrainProgress], None] | None, config: FinetuneConfig, workdir: Path
 ) -> Iterator[Callable[[TrainProgress], None] | None]:
-    """The caller's listener and those of the recipe's loggers as one."""
+    """The caller's listener and those of the recipe's loggers as one; rank 0 alone speaks."""
+    if rank() > 0:
+        yield None
+        return
     if not config.log:
         yield progress
         return

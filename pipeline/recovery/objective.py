@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.corrupt import blank
+from fusepress.pipeline.distributed import world
 from fusepress.pipeline.errors import TaskError, TrainingError
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.batchnorm import tracking_norms
@@ -60,7 +61,7 @@ class Objective:
         outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
         losses = dict(self.task.losses(outputs, batch))
         if self.distiller is not None:
-            done = step / (self.config.steps * self.config.accumulate)
+            done = step / (self.config.steps * self.config.accumulate * world())
             losses |= self.distiller.weighted(outputs, wanted, batch, done=done)
         return losses
 

@@ -51,8 +51,10 @@ def restore(tensors: dict[str, Tensor], info: dict[str, Any], device: torch.devi
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch, numpy and python."""
+def seed_all(seed: int, *, stream: int = 0) -> None:
+    """Seed the global generators of torch, numpy and python; streams of one seed draw different numbers."""
+    if stream:
+        seed = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed % _WORD)
     np.random.seed(seed % 2**32)  # noqa: NPY002 -- users' code draws from it
     random.seed(seed)

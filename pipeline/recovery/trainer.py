@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import broadcast_object, gather_objects, rank, sum_gradients_, world
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery import rng
 from fusepress.pipeline.recovery.batchnorm import tracking_norms
@@ -21,6 +22,13 @@ from fusepress.pipeline.recovery.checkpoint import TrainState, load_checkpoint, 
 from fusepress.pipeline.recovery.compiled import try_compile
 from fusepress.pipeline.recovery.contract import HISTORY_POINTS, FinetuneResult, Look, Masks, TrainProgress
 from fusepress.pipeline.recovery.distill import Distiller
+from fusepress.pipeline.recovery.distributed import (
+    adopt_buffers_,
+    average_norms_,
+    draw_apart,
+    sum_losses,
+    sum_over_ranks,
+)
 from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.objective import Objective
 from fusepress.pipeline.recovery.optim import adamw, learning_rate
@@ -50,7 +58,8 @@ class Trainer:
         self.objective = Objective(student, distiller, task, config, seed, amp)
         self._train_mode()
         if config.compile:
-            self.objective.compiled = try_compile(student, self._first_inputs(), amp)
+            compiled = try_compile(student, self._first_inputs(), amp)
+            self.objective.compiled = compiled if all(gather_objects(compiled is not None)) else None
         self.identity = self._identity(distiller)
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.trained, config)
@@ -63,9 +72,10 @@ class Trainer:
     def run(self, workdir: Path, progress: Callable[[TrainProgress], None] | None) -> FinetuneResult:
         """All steps that are still to be made, then the averaged weights into the model."""
         steps = self.config.steps
+        draw_apart(self.seed)
         resumed_from = self._resume(workdir)
         first, began = self.step, time.monotonic()
-        batches = self.task.train_batches(self.seed, start=self.step * self.config.accumulate)
+        batches = self._batches()
         while not self._done():
             lr = learning_rate(self.config, self.step)
             self.losses = self._train_step(batches, lr)
@@ -76,7 +86,7 @@ class Trainer:
                 point = {"step": self.step, "lr": lr, "losses": self.losses}
                 self.history.append({**point, "weights": weights} if weights else point)
             if self.step % self.config.checkpoint_every == 0 or self._done():
-                save_checkpoint(workdir, self._state(), self.identity)
+                self._save(workdir)
             if progress is not None:
                 pace = (time.monotonic() - began) / (self.step - first)
                 eta = 0.0 if self._done() else pace * (steps - self.step)
@@ -106,28 +116,35 @@ class Trainer:
         batch = rng.draw(self.task.train_batches(self.seed), self.seed, 0)
         return on_device(batch, self.device).inputs
 
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's share, from the next step on."""
+        return self.task.train_batches(self.seed, start=self.step * self.config.accumulate, rank=rank(), world=world())
+
     def _train_step(self, batches: Iterator[Batch], lr: float) -> dict[str, float]:
-        """One step on `accumulate` batches, each of which counts as much as it has samples."""
+        """One step on `accumulate` batches a rank, each of which counts as much as it has samples."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step * self.config.accumulate
-        parts = [rng.draw(batches, self.seed, first + part) for part in range(self.config.accumulate)]
-        samples = sum(batch.size for batch in parts)
+        numbers = [(first + part) * world() + rank() for part in range(self.config.accumulate)]
+        parts = [rng.draw(batches, self.seed, number) for number in numbers]
+        samples = sum_losses({"samples": sum(batch.size for batch in parts)})["samples"]
         losses: dict[str, float] = {}
-        for number, batch in enumerate(parts, start=first):
+        for number, batch in zip(numbers, parts, strict=True):
             share = batch.size / samples
             for name, loss in self._backward(batch, number, share, self._where([batch], lr)).items():
                 losses[name] = losses.get(name, 0.0) + share * loss
+        sum_gradients_(self.trained.values())
+        average_norms_([norm for norm in tracking_norms(self.student) if norm.training])
         self.amp.unscale(self.optimizer)
         if self.masks is not None:
             self.masks.apply_to_gradients(self.student)
         self.amp.step(self.optimizer, self.student, self.config.clip, self._where(parts, lr))
         if self.masks is not None:
             self.masks.apply(self.student)
-        self.objective.weighting.update()
+        self.objective.weighting.update(sum_over_ranks)
         self._update_average()
-        return losses
+        return sum_losses(losses)
 
     def _backward(self, batch: Batch, number: int, share: float, where: str) -> dict[str, float]:
         losses = self.objective.losses(on_device(batch, self.device), number)
@@ -144,7 +161,7 @@ class Trainer:
         if self.stop is None or self.step % self.config.eval_every:
             return None
         with self._averaged(), rng.kept(self.device):
-            look = self.stop.look(self.student, self.step)
+            look = broadcast_object(self.stop.look(self.student, self.step))
         self._train_mode()
         self.looks.append(look)
         return look
@@ -175,21 +192,33 @@ class Trainer:
         if self.masks is not None:
             self.masks.apply(self.student)
 
-    def _state(self) -> TrainState:
+    def _save(self, workdir: Path) -> None:
+        """Rank 0 writes; what only the others know is where their generators are."""
+        adopt_buffers_(self.student)
+        drawn = gather_objects(rng.capture(self.device))
+        if rank() == 0:
+            save_checkpoint(workdir, self._state(drawn), self.identity)
+
+    def _state(self, drawn: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> TrainState:
         tensors = {f"model/{name}": value for name, value in all_tensors(self.student).items()}
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
         tensors |= {f"weighting/{name}": value for name, value in self.objective.weighting.state().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adamw/{key}/{name}"] = value
-        drawn, info = rng.capture(self.device)
-        tensors |= {f"rng/{name}": value for name, value in drawn.items()}
+        tensors |= {f"rng/{r}/{name}": value for r, (words, _) in enumerate(drawn) for name, value in words.items()}
         looks = [asdict(look) for look in self.looks]
-        rest = {"rng": info, "amp": self.amp.state(), "losses": self.losses, "history": self.history, "looks": looks}
+        rest = {
+            "rng": [info for _, info in drawn],
+            "amp": self.amp.state(),
+            "losses": self.losses,
+            "history": self.history,
+            "looks": looks,
+        }
         return TrainState(step=self.step, tensors=tensors, info=rest)
 
     def _resume(self, workdir: Path) -> int | None:
-        state = load_checkpoint(workdir, self.identity)
+        state = broadcast_object(load_checkpoint(workdir, self.identity) if rank() == 0 else None)
         if state is None:
             return None
         saved = state.tensors
@@ -202,8 +231,9 @@ class Trainer:
         prefix = "weighting/"
         learned = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
         self.objective.weighting.load(learned)
-        drawn = {name.removeprefix("rng/"): value for name, value in saved.items() if name.startswith("rng/")}
-        rng.restore(drawn, state.info["rng"], self.device)
+        prefix = f"rng/{rank()}/"
+        words = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+        rng.restore(words, state.info["rng"][rank()], self.device)
         self.amp.load(state.info["amp"])
         self.step, self.losses, self.history = state.step, state.info["losses"], state.info["history"]
         self.looks = [Look(**look) for look in state.info["looks"]]
@@ -225,6 +255,7 @@ class Trainer:
             "version": VERSION,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processes": world(),
             "config": self.config.model_dump(mode="json", exclude={"log"}),
             "seed": self.seed,
             "precision": self.amp.format,

@@ -1,0 +1,186 @@
+"""Fine-tuning in two real processes: as one with both shards, and without a trace of one that was lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusepress.pipeline.distributed import rank
+from fusepress.pipeline.evaluate import evaluate, torch_predict
+from fusepress.pipeline.recipe import FinetuneConfig
+from fusepress.pipeline.recovery.checkpoint import tensors_sha256
+from fusepress.pipeline.recovery.contract import TrainProgress
+from fusepress.pipeline.recovery.early_stop import EarlyStop
+from fusepress.pipeline.recovery.finetune import finetune
+from fusepress.pipeline.task import LoadedTask, load_task
+from tests.ranks import run_ranks, start_ranks
+
+TESTS = Path(__file__).parent
+HERE = "tests.test_recovery_distributed"
+FROZEN = {"steps": 6, "lr": 0.01, "freeze_batchnorm": True, "checkpoint_every": 100}
+# all that a process has of its own: dropout, norms, dead sensors
+LIVELY = {"steps": 12, "lr": 0.02, "modality_dropout": 0.3, "checkpoint_every": 5, "eval_every": 6, "early_stop": True}
+
+
+def toy(task: LoadedTask) -> Any:
+    return sys.modules[type(task.user).__module__]
+
+
+def forget(module: nn.Module, _inputs: Any) -> None:
+    """Without a counter of forward passes a large batch is the sum of small ones."""
+    module.get_buffer("calls").fill_(-1.0)
+
+
+def quiet_models(task: LoadedTask) -> tuple[nn.Module, nn.Module]:
+    """A student without dropout, and its teacher."""
+    student, teacher = toy(task).models()
+    student.drop.p = 0.0
+    student.register_forward_pre_hook(forget)
+    return student, teacher
+
+
+# --- what the processes run --------------------------------------------------------------------------------------
+
+
+def frozen(folder: str, **changes: Any) -> dict[str, Any]:
+    """Train without anything that is a process's own."""
+    torch.set_num_threads(1)
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    student, teacher = quiet_models(task)
+    config = FinetuneConfig.model_validate({**FROZEN, **changes})
+    result = finetune(student, teacher, task, config, seed=3, workdir=Path(folder) / str(rank()))
+    weights = {name: value.tolist() for name, value in toy(task).everything(student).items()}
+    return {"weights": weights, "history": result.history}
+
+
+def together(folder: str, sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that the ranks do in one start, for a start takes seconds."""
+    runs = [frozen(f"{folder}/{number}", **section) for number, section in enumerate(sections)]
+    return {"runs": runs, "statistics": first_statistics(f"{folder}/statistics")}
+
+
+def lively(folder: str, kill_at: int = -1, **changes: Any) -> dict[str, Any]:
+    """Train with all of it; rank 1 kills itself in its batch number `kill_at`."""
+    torch.set_num_threads(1)
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    student, teacher = toy(task).models()
+    dense = evaluate(task, torch_predict(task, teacher), "calib")
+    config = FinetuneConfig.model_validate({**LIVELY, **changes})
+    stop = EarlyStop(task, dense, max_drop=-2.0)
+    losses, calls = task.user.losses, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank() == 1 and calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses(*arguments)
+
+    task.user.losses = counted
+    seen: list[TrainProgress] = []
+    work = Path(folder) / str(rank())
+    result = finetune(student, teacher, task, config, seed=3, workdir=work, progress=seen.append, stop=stop)
+    return {
+        "sha256": tensors_sha256(toy(task).everything(student)),
+        "history": result.history,
+        "looks": [[look.step, look.value, look.high] for look in result.looks],
+        "told": len(seen),
+        "resumed_from": result.resumed_from,
+        "written": work.exists(),
+        "next": float(torch.rand(())),
+    }
+
+
+def first_statistics(folder: str) -> dict[str, list[float]]:
+    """Running mean and variance after one step: of this rank's batch alone, and as training leaves them."""
+    torch.set_num_threads(1)
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    alone, _ = quiet_models(task)
+    alone(**next(task.train_batches(3, rank=rank(), world=2)).inputs)
+    student, _ = quiet_models(task)
+    config = FinetuneConfig(steps=1, distill=False)
+    finetune(student, None, task, config, seed=3, workdir=Path(folder))
+    return {"own": _statistics(alone), "together": _statistics(student)}
+
+
+def _statistics(model: nn.Module) -> list[float]:
+    norm = model.get_submodule("camera.1")
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    both: Tensor = torch.cat([mean, variance])
+    return [float(value) for value in both]
+
+
+# --- what must hold ----------------------------------------------------------------------------------------------
+
+
+def close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Equal to 1e-5 of the largest entry of each tensor."""
+    for name, value in wanted.items():
+        a, b = torch.tensor(found[name]), torch.tensor(value)
+        assert float((a - b).abs().max()) <= 1e-5 * max(1e-3, float(b.abs().max())), name
+
+
+SECTIONS: list[dict[str, Any]] = [
+    {},
+    {"accumulate": 2, "steps": 3},
+    {"loss_weights": "uncertainty"},
+    {"distill_features": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("two"))
+    return run_ranks(f"{HERE}:together", folder=folder, sections=SECTIONS)
+
+
+@pytest.mark.parametrize("number", range(len(SECTIONS)))
+def test_two_processes_train_as_one_that_accumulates_their_shards(
+    both: list[dict[str, Any]], tmp_path: Path, number: int
+) -> None:
+    ranks, section = [found["runs"][number] for found in both], SECTIONS[number]
+    assert ranks[0] == ranks[1], "both end with the same bits"
+    one = frozen(str(tmp_path / "one"), **{**section, "accumulate": 2 * section.get("accumulate", 1)})
+    close(ranks[0]["weights"], one["weights"])
+    for mine, wanted in zip(ranks[0]["history"], one["history"], strict=True):
+        assert mine["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    half = frozen(str(tmp_path / "half"), **section)
+    with pytest.raises(AssertionError):
+        close(half["weights"], one["weights"])
+
+
+def test_statistics_of_batch_norms_are_the_mean_of_the_processes(both: list[dict[str, Any]]) -> None:
+    first, second = (found["statistics"] for found in both)
+    assert first["together"] == second["together"]
+    mean = [(a + b) / 2 for a, b in zip(first["own"], second["own"], strict=True)]
+    assert first["together"] == pytest.approx(mean, rel=1e-5, abs=1e-7)
+    assert first["own"] != pytest.approx(second["own"], rel=1e-3)
+
+
+@pytest.mark.long
+def test_a_lost_process_leaves_no_trace_after_the_restart(tmp_path: Path) -> None:
+    straight = run_ranks(f"{HERE}:lively", folder=str(tmp_path / "straight"))
+    assert straight[0]["sha256"] == straight[1]["sha256"]
+    assert straight[0]["history"] == straight[1]["history"]
+    assert [look[0] for look in straight[0]["looks"]] == [6, 12]
+    assert [found["told"] for found in straight] == [12, 0], "rank 0 alone speaks"
+    assert [found["written"] for found in straight] == [True, False], "and writes"
+    folder = str(tmp_path / "killed")
+    given = ["-m", "tests.ranks", f"{HERE}:lively"]
+    arguments = f'{{"folder": "{folder}", "kill_at": 9}}'
+    processes = start_ranks([[*given, arguments, str(tmp_path / f"{r}.json")] for r in range(2)])
+    told = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[1].returncode == -signal.SIGKILL
+    assert processes[0].returncode > 0
+    assert "no sign of life from rank 1" in told[0]
+    again = run_ranks(f"{HERE}:lively", folder=folder)
+    assert [found["resumed_from"] for found in again] == [5, 5], "rank 0 has the checkpoint, and both go on from it"
+    for name in ("sha256", "history", "looks"):
+        assert again[0][name] == again[1][name] == straight[0][name]
