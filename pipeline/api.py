@@ -282,8 +282,10 @@ def preflight(ctx: Context, store: Store) -> None:
         UsageError: with what was expected, what was found and what to do; nothing was written.
     """
     from fusepress.pipeline.stages import STAGES
+    from fusepress.pipeline.stages.teachers import check_teaching
 
     if store.entry_path(content_key(STAGES[0].key_parts(ctx))).exists():
+        check_teaching(ctx)
         return
     if ctx.from_onnx:
         _check_onnx_file(ctx)
@@ -301,6 +303,7 @@ def preflight(ctx: Context, store: Store) -> None:
     if ctx.checkpoint is not None:
         load_checkpoint(model, ctx.checkpoint)
     check_task(ctx.task, model)
+    check_teaching(ctx)
 
 
 def _check_onnx_file(ctx: Context) -> None:

@@ -120,14 +120,14 @@ class LoadedTask:
         """The architecture of an expert, which teaches the outputs that it returns.
 
         Raises:
-            TaskError: the task knows no such expert.
+            TaskError: the task cannot build it.
         """
         try:
             model: nn.Module = self.user.build_expert(name)
-        except (KeyError, ValueError) as error:
+        except Exception as error:
             raise TaskError(
-                f"expected {self.name}.build_expert to know the expert {name!r}; got {type(error).__name__}: {error}; "
-                "correct finetune.teachers in the recipe, or the task"
+                f"expected {self.name}.build_expert to make the expert {name!r}; got {type(error).__name__}: {error}; "
+                "correct finetune.teachers in the recipe, or mend the task"
             ) from error
         return model
 

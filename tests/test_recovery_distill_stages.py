@@ -20,7 +20,7 @@ from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
 from fusepress.pipeline.stages.base import Context
 from fusepress.pipeline.stages.finetune import Finetune, train
 from fusepress.pipeline.stages.sparsify import Sparsify
-from fusepress.pipeline.stages.teachers import expert_models
+from fusepress.pipeline.stages.teachers import check_teaching, expert_models
 from fusepress.pipeline.store import content_key
 from fusepress.pipeline.task import first_batch
 
@@ -107,8 +107,29 @@ def test_what_is_missing_is_told_before_anything_is_spent(project: Path) -> None
         context(project, "task=toy.py:Toy")
     ctx = context(project, "finetune.teachers.ruler=metre.safetensors")
     assert ctx.recipe.finetune is not None
-    with pytest.raises(TaskError, match=r"Taught\.build_expert to know the expert 'ruler'; got KeyError: 'ruler'"):
+    with pytest.raises(TaskError, match=r"Taught\.build_expert to make the expert 'ruler'; got KeyError: 'ruler'"):
         expert_models(ctx, ctx.recipe.finetune)
+
+
+def test_teaching_is_tried_on_one_batch_before_anything_is_spent(project: Path) -> None:
+    check_teaching(context(project))
+    check_teaching(context(project, "finetune=null"))
+    with pytest.raises(
+        RecipeError, match=r"distill_points` to name modules of the model; got 'fuser'; .* \['camera', 'l"
+    ):
+        check_teaching(context(project, "finetune.distill_points=[fuser]"))
+    save_file({"weight": torch.ones(1, 4)}, project / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint of Metre; got another architecture at .*other\.safetensors"
+    ):
+        check_teaching(context(project, "finetune.teachers.metre=other.safetensors"))
+    source = (project / "toy.py").read_text()
+    (project / "toy.py").write_text(source.replace('{"size": self.size', '{"width": self.size'))
+    with pytest.raises(TaskError, match=r"'metre' to return outputs of the dense model, .* got 'width'"):
+        check_teaching(context(project))
+    (project / "toy.py").write_text(source.replace("points.mean(1))", "points.mean(1)).expand(-1, 2)"))
+    with pytest.raises(TaskError, match=r"the same outputs; got .*'size': \(2, 1\).* and .*'size': \(2, 2\)"):
+        check_teaching(context(project))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusepress.pipeline.errors import CheckpointError, TaskError
+from fusepress.pipeline.errors import CheckpointError, RecipeError, TaskError
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.task import first_batch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,37 @@ def find_teachers(ctx: Context) -> None:
                 f"{ctx.loaded.path.name}, or train the expert first"
             )
         ctx.add_artifact(f"{PREFIX}{name}", path)
+
+
+def check_teaching(ctx: Context) -> None:
+    """Check on one batch, before anything is spent, that what the recipe teaches can be taught.
+
+    Raises:
+        TaskError: an expert cannot be built, or its outputs are not the dense model's.
+        CheckpointError: its weights do not fit it.
+        RecipeError: a point is no module of the model.
+    """
+    config = ctx.recipe.finetune
+    if config is None or not (config.teachers or config.distill_points):
+        return
+    import torch
+
+    from fusepress.pipeline.recovery.distill import Distiller
+
+    dense = ctx.task.build_model().eval()
+    known = [name for name, _ in dense.named_modules() if name]
+    for point in config.distill_points:
+        if point not in known:
+            raise RecipeError(
+                f"expected `finetune.distill_points` to name modules of the model; got {point!r}; its top modules are "
+                f"{[name for name, _ in dense.named_children()]}"
+            )
+    teachers = Distiller(
+        teacher=dense, task=ctx.task, temperature=config.temperature, experts=expert_models(ctx, config)
+    )
+    batch = first_batch(ctx.task, "train", size=2)
+    with torch.no_grad():
+        teachers.losses(ctx.task.as_dict(dense(**batch.inputs)), teachers.outputs(batch.inputs), batch)
 
 
 def teacher_inputs(ctx: Context) -> tuple[str, ...]:
