@@ -251,16 +251,28 @@ def _check_names(recipe: Recipe, task: LoadedTask) -> None:
     for where, name in wanted:
         if name not in task.metrics:
             raise RecipeError(f"expected `{where}` to name a metric of the task, {list(task.metrics)}; got {name!r}")
-    for branch in recipe.prune.branches if recipe.prune else {}:
-        if branch not in {*task.branches, "fusion"}:
-            raise RecipeError(
-                f"expected `prune.branches` to name a branch of the task, {[*task.branches, 'fusion']}; got {branch!r}"
-            )
+    for where, names in _branches_of(recipe).items():
+        for branch in names:
+            if branch not in {*task.branches, "fusion"}:
+                raise RecipeError(
+                    f"expected `{where}` to name a branch of the task, {[*task.branches, 'fusion']}; got {branch!r}"
+                )
     for failure in gates.robustness:
         if failure not in failures_of(task):
             raise RecipeError(
                 f"expected `gates.robustness` to name a failure, one of {failures_of(task)}; got {failure!r}"
             )
+
+
+def _branches_of(recipe: Recipe) -> dict[str, Sequence[str]]:
+    """The modalities that a recipe names, by key."""
+    named: dict[str, Sequence[str]] = {}
+    if recipe.prune is not None:
+        named["prune.branches"] = list(recipe.prune.branches)
+    if recipe.sparsify is not None:
+        named["sparsify.modalities"] = recipe.sparsify.modalities or ()
+        named["sparsify.spread"] = [] if isinstance(recipe.sparsify.spread, str) else list(recipe.sparsify.spread)
+    return named
 
 
 def _find_checkpoint(loaded: LoadedRecipe, task: LoadedTask) -> Path | None:

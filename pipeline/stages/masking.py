@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fusepress.pipeline.errors import RecipeError
 from fusepress.pipeline.graph.plan import FUSION
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context
@@ -56,7 +55,6 @@ def mask_model(ctx: Context, model: nn.Module) -> Masked:
     """Choose masks as the recipe says and apply them, in place; with SparseGPT the kept weights change, too.
 
     Raises:
-        RecipeError: the recipe names a modality that the task does not have.
         StageError: scores or the inputs of a layer are not finite.
         TraceError: channels are to be permuted and their groups cannot be found.
     """
@@ -83,7 +81,6 @@ def _two_four(ctx: Context, model: nn.Module, branch_of: Mapping[str, str]) -> M
     eligible, skipped = weights_2to4(model)
     chosen = dict(eligible)
     if config.modalities is not None:
-        _known(ctx, config.modalities, "sparsify.modalities")
         chosen = {name: weight for name, weight in eligible.items() if branch_of[name] in config.modalities}
         reason = "{} stays dense: it is not among sparsify.modalities"
         skipped += [Skip(param=n, reason=reason.format(branch_of[n])) for n in eligible if n not in chosen]
@@ -197,7 +194,6 @@ def _spread(
     for name, value in values.items():
         counts[branch_of[name]] += value.numel()
     if not isinstance(config.spread, str):
-        _known(ctx, config.spread, "sparsify.spread")
         return {branch: config.spread.get(branch, 0.0) for branch in counts}, None
     assert config.sparsity is not None
     if config.spread == "equal":
@@ -236,15 +232,6 @@ class _Judge:
         MaskHolder(unstructured_masks(self.values, self.branch_of, spread, config.scope)).apply(trial)
         reestimate_batchnorm(trial, task, BATCHNORM_BATCHES, self.ctx.recipe.seed)
         return evaluate(task, torch_predict(task, trial), "calib").metrics[task.primary]
-
-
-def _known(ctx: Context, names: Any, where: str) -> None:
-    branches = [*ctx.task.branches, FUSION]
-    for name in names:
-        if name not in branches:
-            raise RecipeError(
-                f"expected modalities of {', '.join(branches)}; got {name!r} at {where}; name the task's branches"
-            )
 
 
 # --- for the report ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,67 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def section(ctx: Context) -> SparsifyConfig:
+    """The recipe's section."""
+    assert ctx.recipe.sparsify is not None
+    return ctx.recipe.sparsify
+
+
+def training_section(ctx: Context) -> FinetuneConfig:
+    """The fine-tuning section with this stage's own steps and rate."""
+    base = ctx.recipe.finetune or FinetuneConfig()
+    return base.model_copy(update={"steps": section(ctx).steps, "lr": section(ctx).lr})
+
+
+def recover(
+    ctx: Context, model: nn.Module, found: Masked, work: Path, *, out: Path | None = None, mask_sum: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train under the masks as the recipe says, in place and with permuted channels in their former order.
+
+    Args:
+        ctx: the run.
+        model: masked.
+        found: its masks.
+        work: for checkpoints.
+        out: where the files of the recipe's loggers end up.
+        mask_sum: of sparselora; False is plain LoRA, a control that loses the pattern.
+
+    Returns:
+        Details of training, and facts about what is trained.
+    """
+    if section(ctx).recover == "none":
+        return {}, {}
+    if found.permutation is None:
+        return _train(ctx, model, found, work, out, mask_sum)
+    with found.permutation.undone(model, found.masks):
+        return _train(ctx, model, found, work, out, mask_sum)
+
+
+def _train(
+    ctx: Context, model: nn.Module, found: Masked, work: Path, out: Path | None, mask_sum: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from fusepress.pipeline.graph.masks import MaskHolder
+    from fusepress.pipeline.recovery.sparselora import attach
+
+    config = section(ctx)
+    if config.recover == "masked":
+        return train(ctx, model, training_section(ctx), work, MaskHolder(found.masks), out=out), {}
+    lora = attach(
+        model,
+        found.masks,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        max_trainable=config.max_trainable,
+        seed=ctx.recipe.seed,
+        norms_and_biases=config.norms_and_biases,
+        mask_sum=mask_sum,
+    )
+    details = train(ctx, model, training_section(ctx), work, out=out)
+    lora.merge()
+    report = lora.report.to_dict()
+    return details | {"ranks": report.pop("ranks"), "frozen": report.pop("frozen")}, {"sparselora": report}
+
+
 class Sparsify:
     """Masks by magnitude, score or SparseGPT, and recovery under them."""
 
@@ -35,7 +95,7 @@ class Sparsify:
 
     def key_parts(self, ctx: Context) -> KeyParts:
         """The sparsity section, the criterion, the weights and groups, and how they are trained."""
-        config = self._config(ctx)
+        config = section(ctx)
         groups = ("groups",) if config.permute else ()
         return key_parts(
             ctx,
@@ -43,7 +103,7 @@ class Sparsify:
             config={
                 **config.model_dump(mode="json"),
                 "score": ctx.recipe.score.model_dump(mode="json") if config.choose == "score" else None,
-                "finetune": training_key(ctx, self._training(ctx)),
+                "finetune": training_key(ctx, training_section(ctx)),
                 "seed": ctx.recipe.seed,
             },
             inputs=("dense_weights", "weights", "plan", *groups, *teacher_inputs(ctx)),
@@ -58,13 +118,11 @@ class Sparsify:
         from fusepress.pipeline.graph.masks import save_masks
         from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
 
-        config = self._config(ctx)
+        config = section(ctx)
         model = common.current_model(ctx)
         found = mask_model(ctx, model)
         reestimate_batchnorm(model, ctx.task, BATCHNORM_BATCHES, ctx.recipe.seed)
-        former = found.permutation.undone(model, found.masks) if found.permutation else contextlib.nullcontext()
-        with former:
-            details, facts = self._recover(ctx, model, found, out, work)
+        details, facts = recover(ctx, model, found, work, out=out)
         self._check(model, found, config)
         save_masks(found.masks, out / "masks.safetensors")
         common.save_weights(model, out / "sparse.safetensors")
@@ -85,32 +143,6 @@ class Sparsify:
             details=details,
             artifacts={"weights": "sparse.safetensors", "masks": "masks.safetensors"},
         )
-
-    def _recover(
-        self, ctx: Context, model: nn.Module, found: Masked, out: Path, work: Path
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train under the masks as the recipe says, in place; details of training and facts about what is trained."""
-        from fusepress.pipeline.graph.masks import MaskHolder
-        from fusepress.pipeline.recovery.sparselora import attach
-
-        config = self._config(ctx)
-        if config.recover == "none":
-            return {}, {}
-        if config.recover == "masked":
-            return train(ctx, model, self._training(ctx), work, MaskHolder(found.masks), out=out), {}
-        lora = attach(
-            model,
-            found.masks,
-            rank=config.rank,
-            alpha=config.lora_alpha,
-            max_trainable=config.max_trainable,
-            seed=ctx.recipe.seed,
-            norms_and_biases=config.norms_and_biases,
-        )
-        details = train(ctx, model, self._training(ctx), work, out=out)
-        lora.merge()
-        report = lora.report.to_dict()
-        return details | {"ranks": report.pop("ranks"), "frozen": report.pop("frozen")}, {"sparselora": report}
 
     def _check(self, model: nn.Module, found: Masked, config: SparsifyConfig) -> None:
         """Every masked weight is zero, and in four consecutive input channels at most two are not.
@@ -134,14 +166,3 @@ class Sparsify:
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Of the model as it is now."""
         return common.probe_latency(ctx, folder)
-
-    @staticmethod
-    def _config(ctx: Context) -> SparsifyConfig:
-        assert ctx.recipe.sparsify is not None
-        return ctx.recipe.sparsify
-
-    def _training(self, ctx: Context) -> FinetuneConfig:
-        """The fine-tuning section with this stage's own steps and rate."""
-        base = ctx.recipe.finetune or FinetuneConfig()
-        config = self._config(ctx)
-        return base.model_copy(update={"steps": config.steps, "lr": config.lr})
