@@ -80,8 +80,9 @@ def distill_loss(
     s, t = s / temperature, t / temperature
     if kind == "binary":
         target = torch.sigmoid(t)
-        cross = _mean(F.binary_cross_entropy_with_logits(s, target, reduction="none"), weight)
-        own = _mean(F.binary_cross_entropy_with_logits(t, target, reduction="none"), weight)
+        part = None if weight is None else weight.float().expand_as(s)
+        cross = F.binary_cross_entropy_with_logits(s, target, part)
+        own = F.binary_cross_entropy_with_logits(t, target, part)
         return temperature**2 * (cross - own) / scale
     log_s, log_t = F.log_softmax(s, dim=1), F.log_softmax(t, dim=1)
     divergence = (log_t.exp() * (log_t - log_s)).sum(dim=1)
