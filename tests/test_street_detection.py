@@ -210,7 +210,7 @@ def worlds(draw: Any) -> tuple[Any, Any]:
     return detections, truths
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(worlds())
 def test_the_score_equals_the_slow_definition(case: tuple[Any, Any]) -> None:
     detections, truths = case

@@ -11,7 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import detection
 import detection_metrics
@@ -21,11 +22,14 @@ import street_world as world
 import torch
 from detection import StreetDetection
 from numpy.typing import NDArray
+from safetensors.torch import save_file
+from street_training import fit, load_backbone
 from street_transformer import TASKS, StreetTransformer
 from task import StreetTask
 from torch import Tensor, nn
 
 from fusepress import Batch
+from fusepress.pipeline.task import LoadedTask, TaskSource
 
 Outputs = Mapping[str, Tensor]
 Targets = Mapping[str, Any]
@@ -198,6 +202,7 @@ class StreetMultiTask(StreetTask):
     """
 
     tasks: tuple[str, ...] = TASKS
+    dense_steps = 2000
 
     def __init__(self, tasks: tuple[str, ...] | None = None, width: float = 1.0, batch_size: int = 8) -> None:
         self.tasks = tuple(task for task in TASKS if task in (tasks or type(self).tasks))
@@ -255,6 +260,43 @@ class StreetMultiTask(StreetTask):
             metrics |= found
         return {"score": float(np.mean(scores))} | metrics
 
+    def distill_masks(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Where a teacher's boxes and depths mean something: near the centres of boxes, and where there is a depth."""
+        masks: dict[str, Tensor] = {}
+        if "box" in outputs:
+            heat = detection.heat_targets(batch.targets["object_class"], batch.targets["box"])
+            masks["box"] = heat.amax(dim=1, keepdim=True)
+        if "depth" in outputs:
+            masks["depth"] = (batch.targets["depth_m"] > 0).float()
+        return masks
+
+    def train_dense(self, path: Path, progress: Callable[[float, str], None]) -> None:
+        """Train the network from the labels alone and write it to `path` (safetensors)."""
+        source = TaskSource(spec=f"multi_task.py:{type(self).__name__}", files=(Path(__file__).resolve(),))
+        task = LoadedTask(
+            user=self,
+            source=source,
+            branches=self.branches,
+            metrics=cast("dict[str, Way]", self.metrics),
+            keep=self.keep,
+            single_output=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.build_model()
+        self._begin(model)
+        fit(
+            task,
+            model,
+            steps=self.dense_steps,
+            seed=0,
+            progress=lambda now: progress(now.step / now.steps, f"dense training, step {now.step} of {now.steps}"),
+        )
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+
+    def _begin(self, model: nn.Module) -> None:
+        """Weights from which the dense training starts, where they are not drawn."""
+
     def pictures(  # type: ignore[override]  # dicts come in
         self, batch: Batch, dense_outputs: Outputs, outputs: Outputs
     ) -> dict[str, NDArray[np.uint8]]:
@@ -292,9 +334,14 @@ class StreetDetectTask(StreetMultiTask):
     """Segmentation and detection by the convolutional street network."""
 
     tasks = ("segmentation", "detection")
+    dense_steps = 600
 
     def _last_layers(self) -> list[str]:
         return ["head.out", "detection.heat", "detection.box"]
 
     def build_model(self) -> nn.Module:
         return StreetDetection(self.width)
+
+    def _begin(self, model: nn.Module) -> None:
+        if self.width == 1.0:
+            load_backbone(model, Path(__file__).with_name("street.safetensors"))

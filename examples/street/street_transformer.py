@@ -232,7 +232,9 @@ class StreetTransformer(nn.Module):
             "segmentation" logits (N, classes, 48, 48); "heat" logits (N, detected classes, 48, 48) and "box"
             (N, 7, 48, 48); "depth" (N, 1, 16, 40), log of 10 m; "waypoints" (N, 4, 2), 10 m.
         """
-        image_NCHW, bev_NCHW = self.camera.stem(image), self.lidar.pillars(points, cells)
+        # The canvas comes with channels last. Strided 1x1 convolutions over fewer than 16 channels would then take a
+        # kernel whose backward pass writes out of bounds (oneDNN of torch 2.13, AVX-512, float32).
+        image_NCHW, bev_NCHW = self.camera.stem(image), self.lidar.pillars(points, cells).contiguous()
         seen, mapped = [image_NCHW], []
         for camera, lidar, fusion in zip(self.camera.stages, self.lidar.stages, self.fusions, strict=True):
             image_NCHW, bev_NCHW = fusion(camera(image_NCHW), lidar(bev_NCHW))

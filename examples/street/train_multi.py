@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from street_training import Experts, fit, load_backbone
+from street_training import fit, load_backbone
 from torch import nn
 
 from fusepress.pipeline.evaluate import evaluate, torch_predict
@@ -55,8 +55,8 @@ def task_of(name: str) -> LoadedTask:
     return load_task(f"multi_task.py:{spec}", base=HERE)
 
 
-def experts_of(folder: Path) -> Experts:
-    """The trained experts as one teacher.
+def experts_of(folder: Path) -> dict[str, nn.Module]:
+    """The trained experts by task.
 
     Raises:
         FileNotFoundError: one of them is not trained yet.
@@ -69,7 +69,7 @@ def experts_of(folder: Path) -> Experts:
         members[name] = task_of(name).build_model()
         members[name].load_state_dict(load_file(path))
         members[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return Experts(members).eval()
+    return members
 
 
 def make(name: str, folder: Path, options: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
     model = task.build_model()
     if name == "detect":
         load_backbone(model, HERE / "street.safetensors")
-    teacher = experts_of(folder) if name == "distilled" else None
+    experts = experts_of(folder) if name == "distilled" else None
     steps = options.detect_steps if name == "detect" else options.steps
     model = fit(
         task,
@@ -91,7 +91,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
         steps=steps,
         seed=STREAM + options.seed,
         lr=options.lr,
-        teacher=teacher,
+        experts=experts,
         distill_weight=options.distill_weight,
         precision=options.precision,
         workdir=folder / f"{name}-checkpoints",
@@ -107,7 +107,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
         "steps": steps,
         "batch": task.user.batch_size,
         "lr": options.lr,
-        "distill_weight": options.distill_weight if teacher is not None else None,
+        "distill_weight": options.distill_weight if experts else None,
         "precision": options.precision,
         "threads": options.threads,
         "minutes_since_start_or_resume": round((time.monotonic() - began) / 60, 1),
