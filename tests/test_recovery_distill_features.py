@@ -366,9 +366,10 @@ def test_a_named_point_that_cannot_be_told_is_refused_with_the_reason() -> None:
 def test_a_default_point_that_cannot_be_told_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     model, plan, given = mixing()
     student = apply_plan(copy.deepcopy(model), plan)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         taught = teach_features(student, model, plan, given, {"a": ["camera"], "b": ["mix"]})
     assert list(taught.kept) == ["camera"]
+    assert "the dense model teaches its features at camera (4 channels)" in caplog.text
     assert "the features of mix are not taught" in caplog.text
     taught.close()
     with pytest.raises(TaskError, match=r"features to teach at \['mix'\]; got none .*distill_features to 0"):

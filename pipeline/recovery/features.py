@@ -196,6 +196,8 @@ def teach_features(
             "be told; name other modules in finetune.distill_points, or set finetune.distill_features to 0"
         )
     taught = [point for point in wanted if point not in refused]
+    shares = [name if part is None else f"{name} ({len(part.index)} channels)" for name, part in kept.items()]
+    logger.info("the dense model teaches its features at %s", ", ".join(shares))
     return FeatureTeacher(
         student=FeatureTap(student, taught, graph_only=True), teacher=FeatureTap(teacher, taught), kept=kept
     )
