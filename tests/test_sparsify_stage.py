@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from onnx import numpy_helper
-from safetensors.torch import load_file
+from torch import nn
 
 import fusepress
 from fusepress.pipeline.api import make_context, new_record, preflight
@@ -19,13 +20,22 @@ from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import ExportError, RecipeError
 from fusepress.pipeline.evidence import RunRecord
 from fusepress.pipeline.graph.apply import weights_bytes
-from fusepress.pipeline.graph.masks import load_masks, save_masks, violations_2to4
+from fusepress.pipeline.graph.masks import (
+    MaskHolder,
+    load_masks,
+    save_masks,
+    violations_2to4,
+    weights_unstructured,
+)
 from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
 from fusepress.pipeline.recovery.finetune import finetune
 from fusepress.pipeline.runner import run_stages
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.stages.common import current_model
 from fusepress.pipeline.stages.export import confirmed_sparsity
+from fusepress.pipeline.stages.masking import Masked, layer_table, mask_model, sparsity_facts
+from fusepress.pipeline.stages.sparsify import section
 from fusepress.pipeline.store import Store
 from fusepress.pipeline.task import load_task
 
@@ -151,30 +161,68 @@ def test_a_pattern_that_did_not_survive_is_refused(released: tuple[RunRecord, Co
         ctx.artifacts["masks"] = before
 
 
-@pytest.mark.parametrize("choose", ["magnitude", "score", "sparsegpt"])
-def test_each_criterion_chooses_other_weights_of_the_same_layers(project: Path, choose: str) -> None:
-    record, ctx, _ = compress(project, choose, f"choose={choose}", "recover=none")
-    masks = load_masks(ctx.artifacts["masks"])
-    weights = load_file(ctx.artifacts["weights"])
-    assert all(int(weights[name][~mask].count_nonzero()) == 0 for name, mask in masks.items())
-    assert details_of(record)["sparsity"]["chosen_by"] == choose
-    if choose == "sparsegpt":
-        _, plain, _ = compress(project, "plain", "choose=magnitude", "recover=none")
-        others = load_masks(plain.artifacts["masks"])
-        assert set(others) == set(masks)
-        assert any(not torch.equal(others[name], masks[name]) for name in masks)
+@pytest.fixture(scope="module")
+def pruned(released: tuple[RunRecord, Context, Path]) -> Context:
+    """The run up to the pruned model."""
+    _, ctx, folder = released
+    before = make_context(load_recipe(ctx.loaded.path), Reporter(quiet=True))
+    for name in ("dense_weights", "groups", "plan"):
+        before.add_artifact(name, ctx.artifacts[name])
+    before.add_artifact("weights", folder / "prune/pruned.safetensors")
+    return before
 
 
-def test_modalities_that_are_not_named_stay_dense(project: Path) -> None:
-    record, ctx, _ = compress(project, "camera", "modalities=[camera]", "recover=none")
-    masks = load_masks(ctx.artifacts["masks"])
-    assert masks
-    assert all(name.startswith("camera") for name in masks)
-    rows = details_of(record)["layers"]
+def mask(pruned: Context, *overrides: str) -> tuple[Context, nn.Module, Masked]:
+    """The pruned model as the stage masks it, before recovery."""
+    loaded = load_recipe(pruned.loaded.path, [f"sparsify.{text}" for text in overrides])
+    ctx = make_context(loaded, Reporter(quiet=True))
+    for name, path in pruned.artifacts.items():
+        ctx.add_artifact(name, path)
+    model = current_model(ctx)
+    found = mask_model(ctx, model)
+    MaskHolder(found.masks).check(model)
+    return ctx, model, found
+
+
+def test_each_criterion_chooses_other_weights_of_the_same_layers(pruned: Context) -> None:
+    found = {choose: mask(pruned, f"choose={choose}") for choose in ("magnitude", "score", "sparsegpt")}
+    masks = {choose: masked.masks for choose, (_, _, masked) in found.items()}
+    names = set(masks["magnitude"])
+    assert all(set(other) == names for other in masks.values())
+    for one, other in itertools.combinations(masks.values(), 2):
+        assert any(not torch.equal(one[name], other[name]) for name in names)
+    before = current_model(pruned)
+    for choose, (_, model, masked) in found.items():
+        for name, kept in masked.masks.items():
+            old, new = before.get_parameter(name)[kept], model.get_parameter(name)[kept]
+            assert torch.equal(old, new) == (choose != "sparsegpt")  # which makes up for what went
+            assert masked.magnitude[name] <= found["magnitude"][2].magnitude[name] + 1e-6
+
+
+def test_the_function_does_not_change_where_channels_are_permuted(pruned: Context) -> None:
+    _, model, found = mask(pruned, "permute=true", "choose=score")
+    assert found.permutation is not None
+    assert found.permutation.orders
+    plain = mask(pruned, "choose=score")[2]
+    with found.permutation.undone(model, found.masks):
+        assert any(not torch.equal(found.masks[name], plain.masks[name]) for name in plain.masks)
+        before = current_model(pruned)
+        for name, kept in found.masks.items():
+            assert torch.equal(model.get_parameter(name), before.get_parameter(name) * kept)
+
+
+def test_modalities_that_are_not_named_stay_dense(pruned: Context) -> None:
+    ctx, model, found = mask(pruned, "modalities=[camera]")
+    assert found.masks
+    assert all(name.startswith("camera") for name in found.masks)
+    rows = layer_table(model, found)
     assert any(row.get("reason") == "lidar stays dense: it is not among sparsify.modalities" for row in rows)
-    assert details_of(record)["sparsity"]["density"]["lidar"] == 1.0
+    facts = sparsity_facts(rows, found, section(ctx))
+    assert facts["density"]["lidar"] == facts["density"]["fusion"] == 1.0
+    assert 0.5 < facts["density"]["camera"] < 0.6  # but for the first layer
 
 
+@pytest.mark.parametrize("choose", ["magnitude", "sparsegpt"])
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -184,30 +232,21 @@ def test_modalities_that_are_not_named_stay_dense(project: Path) -> None:
     ids=["equal", "named"],
 )
 def test_unstructured_zeros_are_spread_as_the_recipe_says(
-    project: Path, overrides: tuple[str, ...], expected: dict[str, float]
+    pruned: Context, overrides: tuple[str, ...], expected: dict[str, float], choose: str
 ) -> None:
-    record, ctx, _ = compress(project, "spread", "pattern=unstructured", *overrides)
-    found = details_of(record)["sparsity"]
-    for branch, sparsity in expected.items():
-        assert found["density"][branch] == pytest.approx(1 - sparsity, abs=0.01)
-    weights = load_file(ctx.artifacts["weights"])
-    for name, mask in load_masks(ctx.artifacts["masks"]).items():
-        assert int(weights[name][~mask].count_nonzero()) == 0
+    ctx, model, found = mask(pruned, "pattern=unstructured", f"choose={choose}", *overrides)
+    density = sparsity_facts(layer_table(model, found), found, section(ctx))["density"]
+    assert density == {branch: pytest.approx(1 - sparsity, abs=0.01) for branch, sparsity in expected.items()}
 
 
-def test_the_spread_is_searched_on_the_calib_split_at_equal_zeros(project: Path) -> None:
-    options = ("pattern=unstructured", "sparsity=0.6", "spread=search", "recover=none", "scope=branch")
-    record, ctx, _ = compress(project, "search", *options)
-    search = details_of(record)["spread_search"]
-    values = [value for _, value in search["tried"]]
+def test_the_spread_is_searched_on_the_calib_split_at_equal_zeros(pruned: Context) -> None:
+    _, model, found = mask(pruned, "pattern=unstructured", "sparsity=0.6", "spread=search", "scope=branch")
+    assert found.search is not None
+    values = [value for _, value in found.search.tried]
     assert len(values) > 3
-    assert search["value"] == max(values)
-    masks = load_masks(ctx.artifacts["masks"])
-    rows = details_of(record)["layers"]
-    weights = load_file(ctx.artifacts["weights"])
-    eligible = [row["param"] for row in rows if "reason" not in row or "sparsity is 0" in row["reason"]]
-    total = sum(weights[name].numel() for name in eligible)
-    assert sum(int((~mask).sum()) for mask in masks.values()) == pytest.approx(0.6 * total, abs=3)
+    assert found.search.value == max(values)
+    total = sum(weight.numel() for weight in weights_unstructured(model)[0].values())
+    assert sum(int((~kept).sum()) for kept in found.masks.values()) == pytest.approx(0.6 * total, abs=3)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +255,9 @@ def test_the_spread_is_searched_on_the_calib_split_at_equal_zeros(project: Path)
     ids=["2:4", "unstructured"],
 )
 def test_a_modality_that_the_task_does_not_have_is_refused(project: Path, overrides: tuple[str, ...]) -> None:
+    loaded = load_recipe(project / "recipe.yaml", [f"sparsify.{text}" for text in overrides])
     with pytest.raises(RecipeError, match=r"expected `sparsify\.\w+` to name a branch of the task, .* got 'radar'"):
-        compress(project, "radar", *overrides)
+        make_context(loaded, Reporter(quiet=True))
 
 
 def test_unstructured_zeros_survive_in_the_file(project: Path) -> None:
