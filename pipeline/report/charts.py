@@ -7,7 +7,7 @@ colour: measured is a filled disc, simulated a filled diamond, predicted a ring 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -16,6 +16,8 @@ from fusepress.pipeline.evidence import Kind
 
 LABEL, VALUE = 78.0, 84.0  # columns beside the plot
 ROW = 27.0
+LINE_STYLES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
+MOST_LABEL = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,81 @@ def width_chart(rows: Sequence[tuple[str, int, int]], *, title: str, most: int) 
         text = f"{before} \u2192 {after}" if after != before else f"{before}"
         parts.append(_markup('<text class="c-small c-end" x="{}" y="{}">{}</text>', _n(width), _n(y + 12), text))
     return _svg(width, row * len(rows) + 2, title, parts)
+
+
+def line_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    show: Callable[[float], str],
+    logarithmic: bool = False,
+    width: float = 520.0,
+    height: float = 190.0,
+) -> Markup:
+    """Lines over the steps of a training, each named at its end; dashes tell them apart without colour.
+
+    Args:
+        lines: name -> (step, value) points, at most as many as LINE_STYLES has entries.
+        title: what a screen reader says first; the first and the last value of every line follow it.
+        show: how a value is printed.
+        logarithmic: of the values, which then are all above 0.
+        width: of the drawing, in its own units.
+        height: of the plot.
+    """
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    values = [scale(value) for line in lines.values() for _, value in line]
+    steps = [step for line in lines.values() for step, _ in line]
+    low, high = _domain(values, from_zero=not logarithmic)
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    left, right, top, bottom = 52.0, width - 118.0, 8.0, 8.0 + height
+
+    def x(step: float) -> float:
+        return left + (step - first) / (last - first) * (right - left)
+
+    def y(value: float) -> float:
+        return bottom - (scale(value) - low) / (high - low) * (bottom - top)
+
+    parts = [_markup('<line class="c-grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>', _n(left), _n(right), _n(bottom))]
+    for tick in nice_ticks(low, high, 4):
+        value = 10**tick if logarithmic else tick
+        at = _n(y(value))
+        parts.append(_markup('<line class="c-grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>', _n(left), _n(right), at))
+        text = _markup(
+            '<text class="c-small c-end" x="{}" y="{}">{}</text>', _n(left - 6), _n(y(value) + 4), show(value)
+        )
+        parts.append(text)
+    parts += [
+        _markup('<text class="c-tick" x="{}" y="{}">{}</text>', _n(x(tick)), _n(bottom + 15), show(tick))
+        for tick in nice_ticks(first, last, 5)
+    ]
+    ends = _apart([y(line[-1][1]) for line in lines.values()], top + 4, bottom)
+    for number, ((name, line), end) in enumerate(zip(lines.items(), ends, strict=True)):
+        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
+        style = LINE_STYLES[number]
+        parts.append(
+            _markup('<polyline class="c-line c-line-{}" stroke-dasharray="{}" points="{}"/>', number, style, path)
+        )
+        label = name if len(name) <= MOST_LABEL else f"{name[: MOST_LABEL - 1]}\u2026"
+        parts.append(
+            _markup(
+                '<text class="c-small c-text-{}" x="{}" y="{}">{}</text>', number, _n(right + 8), _n(end + 4), label
+            )
+        )
+    told = "; ".join(f"{name} from {show(line[0][1])} to {show(line[-1][1])}" for name, line in lines.items())
+    return _svg(width, bottom + 22, f"{title}: {told}", parts)
+
+
+def _apart(wanted: Sequence[float], top: float, bottom: float, least: float = 13.0) -> list[float]:
+    """Heights of labels near the wanted ones, a line apart where there is room."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = [0.0] * len(wanted)
+    above = top - least
+    for index in order:
+        above = placed[index] = max(wanted[index], above + least)
+    below = bottom + least
+    for index in reversed(order):
+        below = placed[index] = min(placed[index], below - least)
+    return placed
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[Markup], *, name: str = "chart") -> Markup:

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from fusepress.pipeline.evidence import Kind, RunRecord, read_run
-from fusepress.pipeline.report import charts, view
+from fusepress.pipeline.report import charts, training, view
 from fusepress.pipeline.store import atomic_write_text
 
 REPORT_HTML = "report.html"
@@ -66,6 +66,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         tiles=view.tiles(record),
         gates=[(row, _gate_picture(row)) for row in view.gate_rows(record)],
         charts=_step_charts(record),
+        training=training.panels(record),
         stages=view.stage_rows(record),
         primary=view.primary_of(record),
         branches=[(row, *_shares(row)) for row in view.branch_rows(record)],

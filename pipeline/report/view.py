@@ -8,6 +8,7 @@ Besides measurements and verdicts the record's free-form fields are read where p
 * `details["branches"]` of `prune`: {branch: {"macs_before", "macs_after", "params_before", "params_after"}};
 * `details["pictures"]` of any stage: [{"path", "title"}], relative to the run folder or to the stage's folder in it;
 * `details["choice"]`, `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
+* `details["history"]` and `details["looks"]` of stages that train (report/training.py);
 * `details["note"]` of any stage: what a reader must know; `details["executed"]` of `build`: whether its engine ran;
 * other plain values in `details` are listed with their stage.
 
@@ -39,7 +40,7 @@ SPEEDUP = "latency.speedup"
 TONES: dict[str, Tone] = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "inconclusive", "ANOMALOUS": "anomalous"}
 STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fail", "interrupted": "inconclusive"}
 MODEL_STAGES = ("macs", "params", "size.onnx_mib")
-SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "choice", "calibration", "sparsity", "note")
+SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "choice", "calibration", "sparsity", "note", "history", "looks")
 MOST_ITEMS = 8
 MOST_CHARACTERS = 320
 
