@@ -242,6 +242,8 @@ class FinetuneConfig(Section):
         log: loss curves for TensorBoard or MLflow too.
         early_stop: stop when the accuracy gate is safely met on the calib split.
         eval_every: steps between its looks.
+        shard: how several processes hold the weights in training: none (each has all), or fsdp2 (each has a share and
+            gathers one block at a time), for models that do not fit one device.
     """
 
     steps: int = Field(default=400, ge=0)
@@ -270,6 +272,25 @@ class FinetuneConfig(Section):
     log: tuple[LoggerName, ...] = ()
     early_stop: bool = False
     eval_every: int = Field(default=50, ge=1)
+    shard: Literal["none", "fsdp2"] = "none"
+
+    @model_validator(mode="after")
+    def _what_shards_can_do(self) -> FinetuneConfig:
+        asked = {
+            "early_stop": self.early_stop,
+            "compile": self.compile,
+            "modality_dropout": self.modality_dropout > 0,
+            "distill_features": self.distill_features > 0,
+            "loss_weights: gradnorm": self.loss_weights == "gradnorm",
+            "precision: fp16": self.precision == "fp16",
+        }
+        found = [name for name, wanted in asked.items() if wanted]
+        if self.shard != "none" and found:
+            raise ValueError(
+                f"expected none of {', '.join(asked)} with `shard: fsdp2`, for they look at whole weights or let "
+                f"processes differ in what they run; got {', '.join(found)}; change one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_teach(self) -> FinetuneConfig:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.distributed import rank
+from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
+from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.checkpoint import tensors_sha256
 from fusepress.pipeline.recovery.contract import TrainProgress
@@ -63,7 +65,53 @@ def frozen(folder: str, **changes: Any) -> dict[str, Any]:
 def together(folder: str, sections: list[dict[str, Any]]) -> dict[str, Any]:
     """All that the ranks do in one start, for a start takes seconds."""
     runs = [frozen(f"{folder}/{number}", **section) for number, section in enumerate(sections)]
-    return {"runs": runs, "statistics": first_statistics(f"{folder}/statistics")}
+    sharded = [sharded_run(f"{folder}/fsdp{masked}", masked=masked) for masked in (False, True)]
+    return {"runs": runs, "statistics": first_statistics(f"{folder}/statistics"), "sharded": sharded}
+
+
+class Killed(Exception):
+    """All ranks leave a training alike."""
+
+
+def sharded_run(folder: str, *, masked: bool) -> dict[str, Any]:
+    """FSDP2 and plain data-parallel training of one student, and FSDP2 left and taken up again."""
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    section = {**FROZEN, "steps": 5, "checkpoint_every": 2}
+
+    def trained(name: str, leave_at: int = -1, **changes: Any) -> dict[str, Any]:
+        student, teacher = quiet_models(task)
+        kinds: set[str] = set()
+        student.register_forward_pre_hook(
+            lambda module, _i: kinds.add(type(module.get_parameter("head.weight")).__name__)
+        )
+        holder = MaskHolder(magnitude_masks_2to4(student)[0]) if masked else None
+        losses, calls = type(task.user).losses, 0
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == leave_at:
+                raise Killed
+            return losses(task.user, *arguments)
+
+        task.user.losses = counted
+        config = FinetuneConfig.model_validate({**section, **changes})
+        work = Path(folder) / name / str(rank())
+        try:
+            result = finetune(student, teacher, task, config, seed=3, workdir=work, masks=holder)
+        except Killed:
+            return {}
+        weights = {key: value.tolist() for key, value in toy(task).everything(student).items()}
+        return {
+            "weights": weights,
+            "history": result.history,
+            "resumed_from": result.resumed_from,
+            "kinds": sorted(kinds),
+        }
+
+    plain, spread = trained("plain"), trained("fsdp2", shard="fsdp2")
+    trained("left", leave_at=5, shard="fsdp2")
+    return {"plain": plain, "fsdp2": spread, "again": trained("left", shard="fsdp2")}
 
 
 def lively(folder: str, kill_at: int = -1, **changes: Any) -> dict[str, Any]:
@@ -162,6 +210,31 @@ def test_statistics_of_batch_norms_are_the_mean_of_the_processes(both: list[dict
     mean = [(a + b) / 2 for a, b in zip(first["own"], second["own"], strict=True)]
     assert first["together"] == pytest.approx(mean, rel=1e-5, abs=1e-7)
     assert first["own"] != pytest.approx(second["own"], rel=1e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_spread_over_two_processes_a_model_trains_as_data_parallel(both: list[dict[str, Any]], masked: bool) -> None:
+    first, second = (found["sharded"][int(masked)] for found in both)
+    assert first["fsdp2"]["weights"] == second["fsdp2"]["weights"], "both hold the whole model in the end"
+    close(first["fsdp2"]["weights"], first["plain"]["weights"])
+    for mine, wanted in zip(first["fsdp2"]["history"], first["plain"]["history"], strict=True):
+        assert mine["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert first["plain"]["kinds"] == ["Parameter"]
+    assert "DTensor" in first["fsdp2"]["kinds"], "between steps a process holds its share only"
+    assert first["again"]["resumed_from"] == 4
+    assert first["again"]["weights"] == first["fsdp2"]["weights"], "left and taken up again: the same bits"
+    if masked:
+        zeros = sum(row.count(0.0) for row in first["fsdp2"]["weights"]["head.weight"])
+        assert zeros == 3 * 16 // 2
+
+
+def test_a_single_process_has_nobody_to_share_its_weights_with(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"two processes or more for finetune\.shard: fsdp2; got one; start with torc"):
+        frozen(str(tmp_path), shard="fsdp2")
+    with pytest.raises(
+        ValueError, match=r"none of early_stop, .* with `shard: fsdp2`, .*; got compile, precision: fp16"
+    ):
+        FinetuneConfig(shard="fsdp2", compile=True, precision="fp16")
 
 
 @pytest.mark.long

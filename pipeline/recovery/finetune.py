@@ -30,6 +30,7 @@ from fusepress.pipeline.recovery.loggers import logging_to
 from fusepress.pipeline.recovery.optim import learning_rate
 from fusepress.pipeline.recovery.placement import all_tensors, lent, on_device, placed
 from fusepress.pipeline.recovery.precision import Amp
+from fusepress.pipeline.recovery.sharding import ShardedMasks, spread
 from fusepress.pipeline.recovery.trainer import Trainer
 from fusepress.pipeline.recovery.userfit import FitHooks, fit_by_user
 from fusepress.pipeline.task import LoadedTask
@@ -97,7 +98,8 @@ def finetune(
     home = next(iter(student.parameters())).device
     device = device or torch.device("cuda" if torch.cuda.is_available() else home)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(placed(student, device, home))
+        sharded = config.shard == "fsdp2" and not task.offers("fit")
+        stack.enter_context(placed(student, home if sharded else device, home))
         for model in (teacher, *(experts or {}).values()) if config.distill else ():
             stack.enter_context(lent(model, device))
         with rng.scope(seed, device, deterministic=config.deterministic), _told(progress, config, workdir) as tell:
@@ -109,13 +111,24 @@ def finetune(
                 broadcast_model_(student)
             else:
                 amp = Amp(precision or config.precision, device)
-                trainer = Trainer(student, distiller, task, config, seed, amp, masks, stop)
-                result = trainer.run(workdir, tell)
+                with _spread(student, task, seed, amp) if sharded else contextlib.nullcontext(student) as model:
+                    held = ShardedMasks(masks, model) if sharded and masks is not None else masks
+                    result = Trainer(model, distiller, task, config, seed, amp, held, stop).run(workdir, tell)
         if masks is not None:
             masks.check(student)
         _check_weights(student)
         student.eval()
     return result
+
+
+def _spread(student: nn.Module, task: LoadedTask, seed: int, amp: Amp) -> contextlib.AbstractContextManager[nn.Module]:
+    if amp.format == "fp16":
+        raise TrainingError(
+            "expected bf16 or fp32 with finetune.shard: fsdp2, for the loss scale of fp16 needs whole gradients; got "
+            "fp16; set finetune.precision"
+        )
+    home = next(iter(student.parameters())).device
+    return spread(student, on_device(rng.draw(task.train_batches(seed), seed, 0), home).inputs, amp.device)
 
 
 @contextlib.contextmanager

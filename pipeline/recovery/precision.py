@@ -64,6 +64,7 @@ class Amp:
         """
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that are spread over ranks
         finite = bool(torch.isfinite(norm))
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (self.format != "fp16" or self._skipped >= SKIPS_IN_A_ROW):

@@ -34,6 +34,7 @@ from fusepress.pipeline.recovery.objective import Objective
 from fusepress.pipeline.recovery.optim import adamw, learning_rate
 from fusepress.pipeline.recovery.placement import all_tensors, on_device
 from fusepress.pipeline.recovery.precision import Amp
+from fusepress.pipeline.recovery.sharding import is_sharded, put_, whole
 from fusepress.pipeline.task import Batch, LoadedTask
 
 VERSION = 1
@@ -134,7 +135,7 @@ class Trainer:
             share = batch.size / samples
             for name, loss in self._backward(batch, number, share, self._where([batch], lr)).items():
                 losses[name] = losses.get(name, 0.0) + share * loss
-        sum_gradients_(self.trained.values())
+        sum_gradients_(p for p in self.trained.values() if not is_sharded(p))
         average_norms_([norm for norm in tracking_norms(self.student) if norm.training])
         self.amp.unscale(self.optimizer)
         if self.masks is not None:
@@ -195,17 +196,17 @@ class Trainer:
     def _save(self, workdir: Path) -> None:
         """Rank 0 writes; what only the others know is where their generators are."""
         adopt_buffers_(self.student)
-        drawn = gather_objects(rng.capture(self.device))
+        state = self._state(gather_objects(rng.capture(self.device)))
         if rank() == 0:
-            save_checkpoint(workdir, self._state(drawn), self.identity)
+            save_checkpoint(workdir, state, self.identity)
 
     def _state(self, drawn: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> TrainState:
-        tensors = {f"model/{name}": value for name, value in all_tensors(self.student).items()}
-        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        tensors = {f"model/{name}": whole(value) for name, value in all_tensors(self.student).items()}
+        tensors |= {f"average/{name}": whole(value) for name, value in self.average.items()}
         tensors |= {f"weighting/{name}": value for name, value in self.objective.weighting.state().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adamw/{key}/{name}"] = value
+                tensors[f"adamw/{key}/{name}"] = whole(value)
         tensors |= {f"rng/{r}/{name}": value for r, (words, _) in enumerate(drawn) for name, value in words.items()}
         looks = [asdict(look) for look in self.looks]
         rest = {
@@ -224,9 +225,9 @@ class Trainer:
         saved = state.tensors
         with torch.no_grad():
             for name, value in all_tensors(self.student).items():
-                value.copy_(saved[f"model/{name}"])
+                put_(value, saved[f"model/{name}"])
             for name, value in self.average.items():
-                value.copy_(saved[f"average/{name}"])
+                put_(value, saved[f"average/{name}"])
             self._resume_moments(saved)
         prefix = "weighting/"
         learned = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
@@ -246,7 +247,9 @@ class Trainer:
                 value = saved.get(f"adamw/{key}/{name}")
                 if value is None:  # a parameter that had no gradient yet
                     continue
-                like = value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
+                like = value.clone() if key == "step" else torch.empty_like(parameter)
+                if key != "step":
+                    put_(like, value)
                 self.optimizer.state[parameter][key] = like
 
     def _identity(self, distiller: Distiller | None) -> str:
@@ -261,7 +264,7 @@ class Trainer:
             "precision": self.amp.format,
             "compiled": self.objective.compiled is not None,
             "stop": self.stop.identity if self.stop is not None else None,
-            "student": tensors_sha256(all_tensors(self.student)),
+            "student": tensors_sha256({name: whole(value) for name, value in all_tensors(self.student).items()}),
             "trainable": sorted(name for name, p in self.student.named_parameters() if p.requires_grad),
             "teacher": tensors_sha256(distiller.tensors()) if distiller else None,
             "masks": tensors_sha256(self.masks.masks) if self.masks is not None else None,

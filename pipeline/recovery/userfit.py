@@ -19,7 +19,7 @@ from fusepress.pipeline.recovery.contract import HISTORY_POINTS, FinetuneResult,
 from fusepress.pipeline.recovery.distill import Distiller
 from fusepress.pipeline.task import Batch, LoadedTask
 
-OF_OUR_LOOP = ("precision", "compile", "accumulate", "freeze_batchnorm", "early_stop", "loss_weights")
+OF_OUR_LOOP = ("precision", "compile", "accumulate", "freeze_batchnorm", "early_stop", "loss_weights", "shard")
 logger = logging.getLogger(__name__)
 
 
