@@ -379,6 +379,48 @@ def in_order(own: Sequence[T]) -> list[T]:
     return [parts[number % len(parts)][number // len(parts)] for number in range(sum(lengths))]
 
 
+def in_turn(
+    make: Callable[[int], Sequence[Tensor | None]], like: Sequence[Tensor], own: int, count: int
+) -> Iterator[Sequence[Tensor | None]]:
+    """What the ranks make of the items that were shared out, item by item in their first order, on every rank.
+
+    A sum over what is yielded is that of one process, bit for bit, which `all_reduce_` does not promise; it costs one
+    exchange an item.
+
+    Args:
+        make: called with 0 to own - 1, each once; gives tensors (or None) as `like` has, which it does not use again.
+        like: of their shapes, types and devices.
+        own: items of this rank.
+        count: items of all ranks.
+
+    Yields:
+        The tensors of items 0 to count - 1; the caller may keep and change them.
+
+    Raises:
+        RankError: a rank failed or was lost.
+    """
+    import torch
+
+    for first in range(0, count, world()):
+        index = first // world()
+        mine = make(index) if index < own else None
+        for source in range(min(world(), count - first)):
+            if world() == 1:
+                assert mine is not None
+                yield mine
+                continue
+            here = mine if source == rank() else None
+            there = torch.tensor([here is not None and tensor is not None for tensor in here or like])
+            broadcast_([there], source)
+            given = here or [None] * len(like)
+            got = [
+                (torch.empty_like(model) if tensor is None else tensor) if flag else None
+                for flag, model, tensor in zip(there.tolist(), like, given, strict=True)
+            ]
+            broadcast_([tensor for tensor in got if tensor is not None], source)
+            yield got
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one type and device, up to BUCKET elements together."""
     bucket: list[Tensor] = []

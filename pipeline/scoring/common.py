@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.distributed import all_reduce_
 from fusepress.pipeline.graph.plan import Group
 from fusepress.pipeline.scoring.altermoma import branch_statistics
 from fusepress.pipeline.scoring.channels import Product
@@ -53,20 +52,6 @@ def channel_result(scores: Mapping[str, Tensor], groups: Sequence[Group], log: M
     full = {**log, "branches": branch_statistics(scores, {group.id: group.branch for group in groups})}
     channel = {key: value.detach().cpu().numpy().astype(np.float32) for key, value in scores.items()}
     return ScoreResult(channel=channel, log=full)
-
-
-def add_over_ranks(scores: dict[str, Tensor], zeros: Callable[[str], Tensor], keys: Sequence[str]) -> None:
-    """Add up, in place, scores that each process has of its own batches.
-
-    Args:
-        scores: key -> scores; empty where a process had no batch.
-        zeros: makes the scores of no batch.
-        keys: all keys, in the same order everywhere.
-    """
-    for key in keys:
-        if key not in scores:
-            scores[key] = zeros(key)
-    all_reduce_([scores[key] for key in keys])
 
 
 def product_with_gradient(model: nn.Module) -> Product:

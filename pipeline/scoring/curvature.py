@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.distributed import gather_objects, sum_gradients_
-from fusepress.pipeline.scoring.gradients import Passes, batch_loss, mean_gradients, totals_of
+from fusepress.pipeline.distributed import gather_objects, rank, world
+from fusepress.pipeline.scoring.gradients import Passes, accumulate_gradients, batch_loss, mean_gradients, totals_of
 from fusepress.pipeline.task import Batch, LoadedTask
 
 Curvature = Literal["exact", "difference"]
@@ -62,39 +62,37 @@ def _double_backward(
 ) -> bool:
     """Returns whether all operators have a second derivative, on every process that has a batch."""
     model.zero_grad(set_to_none=True)
-    _, samples = totals_of(batches)
-    able = True
-    try:
-        _own_double_backward(model, task, batches, vector, samples, where)
-    except RuntimeError as error:  # torch has no narrower type for it
-        if not any(text in str(error) for text in NO_SECOND):
-            raise
-        able = False
-    if not all(gather_objects(able)):
-        return False
-    sum_gradients_(model.parameters())
-    return True
-
-
-def _own_double_backward(
-    model: nn.Module,
-    task: LoadedTask,
-    batches: Sequence[Batch],
-    vector: Mapping[nn.Parameter, Tensor],
-    samples: int,
-    where: str,
-) -> None:
+    count, samples = totals_of(batches)
     chosen = [p for p in model.parameters() if p in vector and p.requires_grad]
-    for index, batch in enumerate(batches):
-        loss = batch_loss(model, task, batch, f"batch {index} ({where})") * (batch.size / samples)
-        gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
-        terms = [
-            (gradient * vector[parameter]).sum()
-            for parameter, gradient in zip(chosen, gradients, strict=True)
-            if gradient is not None and gradient.requires_grad
-        ]
-        if terms:  # a loss that is linear in everything has no curvature
-            torch.stack(terms).sum().backward()
+    able = True
+
+    def backward(index: int) -> None:
+        nonlocal able
+        batch = batches[index]
+        loss = batch_loss(model, task, batch, f"batch {index * world() + rank()} ({where})") * (batch.size / samples)
+        try:
+            if able:
+                _backward_through_gradient(loss, chosen, vector)
+        except RuntimeError as error:  # torch has no narrower type for it
+            if not any(text in str(error) for text in NO_SECOND):
+                raise
+            able = False
+
+    accumulate_gradients(model, backward, len(batches), count)
+    return all(gather_objects(able))
+
+
+def _backward_through_gradient(
+    loss: Tensor, chosen: Sequence[nn.Parameter], vector: Mapping[nn.Parameter, Tensor]
+) -> None:
+    gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
+    terms = [
+        (gradient * vector[parameter]).sum()
+        for parameter, gradient in zip(chosen, gradients, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+    if terms:  # a loss that is linear in everything has no curvature
+        torch.stack(terms).sum().backward()
 
 
 @torch.no_grad()

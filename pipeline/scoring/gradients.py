@@ -1,8 +1,8 @@
 """Passes over training batches: mean gradients and the optimiser steps of the reactivation.
 
 Where several processes share a run, each holds its share of the batches (number i belongs to rank i mod world), and
-what is returned is that of all: gradients, losses and counts are added up over the ranks. Optimiser steps follow one
-another, and so every rank makes all of them, on the whole batches: that is what one process does, bit for bit.
+what is returned is that of all, bit for bit as in one process: gradients are added up batch after batch in their
+order. Optimiser steps follow one another, and so every rank makes all of them, on the whole batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.distributed import broadcast_, gather_objects, rank, sum_gradients_, world
+from fusepress.pipeline.distributed import broadcast_, gather_objects, in_turn, rank, world
 from fusepress.pipeline.errors import TaskError, TrainingError
 from fusepress.pipeline.task import Batch, LoadedTask
 
@@ -123,25 +123,54 @@ def mean_gradients(
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite.
     """
-    held: dict[nn.Parameter, Tensor] = {}
-    if not fresh and world() > 1:  # what `grad` holds is the same on every rank, and counts once
-        held = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
-    if fresh or held:
+    if fresh:
         model.zero_grad(set_to_none=True)
     count, samples = totals_of(batches)
     losses = []
-    for index, batch in enumerate(batches):
+
+    def backward(index: int) -> None:
+        batch = batches[index]
         share = batch.size / samples
-        loss = batch_loss(model, task, batch, f"batch {index} ({where})")
+        loss = batch_loss(model, task, batch, f"batch {index * world() + rank()} ({where})")
         (loss * share).backward()
         losses.append(float(loss.detach()) * share)
         passes.step(where)
-    sum_gradients_(model.parameters())
-    for parameter, gradient in held.items():
-        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    accumulate_gradients(model, backward, len(batches), count)
     passes.done += count - len(batches)
     _check_finite_gradients(model, where)
     return math.fsum(itertools.chain(*gather_objects(losses)))
+
+
+def accumulate_gradients(model: nn.Module, backward: Callable[[int], None], own: int, count: int) -> None:
+    """Add to every parameter's `grad` the gradients of all batches, one after the other in their order.
+
+    Args:
+        model: whose parameters.
+        backward: called with 0 to own - 1; goes back through that batch of this process.
+        own: batches of this process.
+        count: batches of all processes.
+    """
+    if world() == 1:
+        for index in range(own):
+            backward(index)
+        return
+    parameters = list(model.parameters())
+    totals = [parameter.grad for parameter in parameters]
+
+    def gradients(index: int) -> list[Tensor | None]:
+        model.zero_grad(set_to_none=True)
+        backward(index)
+        return [parameter.grad for parameter in parameters]
+
+    for found in in_turn(gradients, parameters, own, count):
+        with torch.no_grad():
+            totals = [
+                total if gradient is None else gradient if total is None else total.add_(gradient)
+                for total, gradient in zip(totals, found, strict=True)
+            ]
+    for parameter, total in zip(parameters, totals, strict=True):
+        parameter.grad = total
 
 
 def _check_finite_gradients(model: nn.Module, where: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.distributed import alone
+from fusepress.pipeline.distributed import alone, in_turn
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped
 from fusepress.pipeline.scoring.channels import ChannelScorer, WeightScorer
 from fusepress.pipeline.scoring.common import (
     WeightResult,
-    add_over_ranks,
     channel_result,
     product_with_gradient,
     shares,
@@ -77,18 +78,10 @@ def score_taylor(
     scorer = ChannelScorer(model, graph.groups, "gate")
     product = product_with_gradient(model)
     passes = Passes(total=config.batches, progress=progress)
-    scores: dict[str, Tensor] = {}
+    keys = [group.id for group in graph.groups]
     with untouched(model, seed=seed):
-        for batch in scoring_batches(task, seed, config.batches):
-            with alone():  # what is averaged over all batches is the square
-                mean_gradients(model, task, [batch], passes, "taylor")
-            with torch.no_grad():
-                for group in graph.groups:
-                    square = scorer.signed(product, group.id).square_()
-                    scores[group.id] = scores[group.id].add_(square) if group.id in scores else square
-        model.zero_grad(set_to_none=True)
-        add_over_ranks(scores, lambda key: scorer.signed(product, key), [group.id for group in graph.groups])
-    scores = {key: value / config.batches for key, value in scores.items()}
+        squares = _summed(model, task, config, seed, passes, keys, lambda key: scorer.signed(product, key).square_())
+    scores = {key: value / config.batches for key, value in squares.items()}
     return channel_result(scores, graph.groups, {"method": "taylor", "passes": config.batches, "seed": seed})
 
 
@@ -99,15 +92,35 @@ def taylor_weights(
     names = weight_branches(model, task)
     product = product_with_gradient(model)
     passes = Passes(total=config.batches, progress=progress)
-    scores: dict[str, Tensor] = {}
     with untouched(model, seed=seed):
-        for batch in scoring_batches(task, seed, config.batches):
-            with alone():
-                mean_gradients(model, task, [batch], passes, "taylor")
-            with torch.no_grad():
-                for name in names:
-                    square = product(name).square_().div_(config.batches)
-                    scores[name] = scores[name].add_(square) if name in scores else square
-        model.zero_grad(set_to_none=True)
-        add_over_ranks(scores, product, list(names))
+        scores = _summed(
+            model, task, config, seed, passes, list(names), lambda name: product(name).square_().div_(config.batches)
+        )
     return weight_result(model, task, scores, {"method": "taylor", "passes": config.batches, "seed": seed})
+
+
+@torch.no_grad()
+def _summed(
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    seed: int,
+    passes: Passes,
+    keys: Sequence[str],
+    squared: Callable[[str], Tensor],
+) -> dict[str, Tensor]:
+    """What `squared` makes of the gradients of each batch, added up over the batches (of all processes), key by key."""
+    batches = scoring_batches(task, seed, config.batches)
+
+    def squares(index: int) -> list[Tensor]:
+        with alone(), torch.enable_grad():  # what is averaged over all batches is the square
+            mean_gradients(model, task, [batches[index]], passes, "taylor")
+        return [squared(key) for key in keys]
+
+    model.zero_grad(set_to_none=True)
+    like = [squared(key) for key in keys]  # zeros
+    for found in in_turn(squares, like, len(batches), config.batches):
+        for total, square in zip(like, found, strict=True):
+            assert square is not None
+            total.add_(square)
+    return dict(zip(keys, like, strict=True))
