@@ -13,7 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from fusepress.export.onnx import export_onnx
-from fusepress.export.sparsity import check_sparsity_2to4, polygraphy_sparse_layers
+from fusepress.export.sparsity import (
+    LayerSparsity,
+    SparsityReport,
+    Status,
+    check_sparsity_2to4,
+    lost_zeros,
+    masked_layers_2to4,
+    polygraphy_sparse_layers,
+)
 from fusepress.pipeline.errors import ExportError
 from tests.export_toys import inputs, two_branch
 
@@ -147,3 +155,45 @@ def test_polygraphy_on_a_file_that_is_not_onnx(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("no")
     with pytest.raises(ExportError, match="expected polygraphy to inspect the file; got"):
         polygraphy_sparse_layers(tmp_path / "m.onnx")
+
+
+# --- what became of the masks of a torch model ------------------------------------------------------------------------
+
+
+def report_of(*layers: tuple[str, Status], zeros: float = 0.5) -> SparsityReport:
+    made = [LayerSparsity(name=name, op="Conv", weight=name, status=status, zeros=zeros) for name, status in layers]
+    return SparsityReport(layers=tuple(made))
+
+
+def test_every_masked_weight_is_looked_for_under_its_modules_name(sparse_file: Path) -> None:
+    report = check_sparsity_2to4(sparse_file)
+    params = ["camera.5.weight", "fuse.weight", "pillar2.weight", "lidar.0.weight", "never.called.weight"]
+    assert masked_layers_2to4(report, params) == {
+        "camera.5.weight": "valid",
+        "fuse.weight": "valid",
+        "pillar2.weight": "valid",
+        "lidar.0.weight": "dense",
+        "never.called.weight": "absent",
+    }
+
+
+def test_a_layer_that_is_called_twice_must_be_sparse_both_times() -> None:
+    twice = report_of(("a/Conv", "valid"), ("a/Conv_2", "dense"))
+    assert masked_layers_2to4(twice, ["a.weight"]) == {"a.weight": "dense"}
+    assert (
+        masked_layers_2to4(report_of(("a/Conv", "valid"), ("a/Conv_2", "valid")), ["a.weight"])["a.weight"] == "valid"
+    )
+
+
+def test_an_attention_must_have_as_many_sparse_products_as_masked_projections() -> None:
+    params = ["x.q_proj_weight", "x.k_proj_weight", "x.out_proj.weight"]
+    last: tuple[str, Status] = ("x.out_proj/Gemm", "valid")
+    found = report_of(("x/MatMul", "valid"), ("x/MatMul_2", "valid"), ("x/MatMul_3", "dense"), last)
+    assert set(masked_layers_2to4(found, params).values()) == {"valid"}
+    lacking = report_of(("x/MatMul", "valid"), ("x/MatMul_2", "dense"), last)
+    assert masked_layers_2to4(lacking, params)["x.q_proj_weight"] == "dense"
+
+
+def test_lost_zeros_are_named_with_what_is_left() -> None:
+    found = report_of(("a/Conv", "dense"), ("b/Conv", "dense"), zeros=0.7)
+    assert lost_zeros(found, {"a.weight": 0.7, "b.weight": 0.8, "absent.weight": 0.9}) == {"b.weight": 0.7}

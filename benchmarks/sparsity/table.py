@@ -1,0 +1,95 @@
+"""Tables of the finished cells: `python -m benchmarks.sparsity.table [--store runs/sparsity]`, as Markdown.
+
+Rows are means over seeds; the difference to the twin (the same model without masks, trained as long) is paired by seed,
+with its 95 % interval (Student's t) from three seeds on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sparsity.run import STORE
+
+HEADINGS = (
+    *("Model", "Pattern", "Criterion", "Permuted", "Recovery", "Seeds", "Before", "After", "Against its twin"),
+    *("Zeros", "Trained", "Camera blank", "LiDAR half"),
+)
+Row = tuple[str, ...]  # model, pattern and spread, criterion, permuted, recovery
+
+
+def load(store: Path) -> list[dict[str, Any]]:
+    """Finished cells of a store that could run."""
+    found = [json.loads(path.read_text()) for path in sorted((store / "cells").glob("*.json"))]
+    return [cell for cell in found if "after" in cell]
+
+
+def row_of(cell: dict[str, Any]) -> Row:
+    """What a cell has in common with those of other seeds."""
+    facts = cell["cell"]
+    if facts["recover"] == "twin":
+        return (facts["model"], "dense", "", "", "twin")
+    pattern = "2:4" if facts["pattern"] == "2:4" else f"{100 * facts['sparsity']:g} % {facts['spread']}"
+    return (facts["model"], pattern, facts["choose"], "yes" if facts["permute"] else "", facts["recover"])
+
+
+def difference(values: dict[int, float], others: dict[int, float]) -> str:
+    """Mean of the paired differences over common seeds, with an interval from three on."""
+    gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    if not gaps:
+        return ""
+    mean = statistics.mean(gaps)
+    if len(gaps) < 3:
+        return f"{mean:+.4f}"
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """All cells as one Markdown table."""
+    by_row: dict[Row, dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        by_row.setdefault(row_of(cell), {})[cell["cell"]["seed"]] = cell
+    twins = {row[0]: _after(found) for row, found in by_row.items() if row[-1] == "twin"}
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- " + "| ---: " * (len(HEADINGS) - 5) + "|"]
+    for row, found in sorted(by_row.items()):
+        first = next(iter(found.values()))
+        lora = first.get("sparselora")
+        figures = [
+            str(len(found)),
+            _mean([cell["before"][cell["primary"]] for cell in found.values()]),
+            _mean(list(_after(found).values())),
+            difference(_after(found), twins.get(row[0], {})) if row[-1] != "twin" else "",
+            f"{100 * first['zeros']:.1f} %" if "zeros" in first else "",
+            f"{100 * lora['fraction']:.1f} %" if lora else "",
+            *(_mean([cell["failing"][name][cell["primary"]] for cell in found.values()]) for name in first["failing"]),
+        ]
+        lines.append(f"| {' | '.join([*row, *figures])} |")
+    return "\n".join(lines)
+
+
+def _after(found: dict[int, dict[str, Any]]) -> dict[int, float]:
+    return {seed: cell["after"][cell["primary"]] for seed, cell in found.items()}
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=STORE)
+    print(table(load(parser.parse_args(words).store)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
