@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.task import load_task
 
 STREET = Path(__file__).resolve().parent.parent / "examples" / "street"
@@ -331,3 +332,19 @@ def test_cells_beside_the_view_cost_nothing() -> None:
     loud = torch.where(detection.in_view(), heat, 9.0)
     assert detection.focal_loss(loud, target).item() == pytest.approx(detection.focal_loss(heat, target).item())
     assert not detection.in_view().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+
+
+def test_the_detecting_network_can_be_pruned_up_to_its_outputs() -> None:
+    torch.manual_seed(0)
+    frames = world.sense(world.draw_scenes("train", 0, [0, 1]))
+    inputs = {name: torch.from_numpy(getattr(frames, name)) for name in ("image", "points", "cells")}
+    model = detection.StreetDetection(0.25).eval()
+    with torch.no_grad():
+        shapes = {name: tuple(value.shape[1:]) for name, value in model(**inputs).items()}
+    assert shapes == {"segmentation": (6, 48, 48), "heat": (3, 48, 48), "box": (7, 48, 48)}
+    graph = find_groups(model, inputs, {"camera": ["camera"], "lidar": ["lidar"]}, blocks=False)
+    assert {"fuser.0.weight", "head.conv.0.weight", "detection.conv.0.weight"} <= set(graph.widths)
+    assert {frozen.module for frozen in graph.frozen} == {"head.out", "detection.heat", "detection.box"}
