@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from fusepress.pipeline.evidence import Kind, RunRecord, read_run
 from fusepress.pipeline.report import charts, training, view
+from fusepress.pipeline.report.sparsity import sparse_rows
 from fusepress.pipeline.store import atomic_write_text
 
 REPORT_HTML = "report.html"
@@ -73,6 +74,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         widths=_width_charts(record),
         groups=view.group_rows(record),
         failures=view.failure_rows(record),
+        sparse=sparse_rows(record),
         pictures=pictures,
         left_out=left_out,
         cards=_cards(record),
@@ -93,7 +95,7 @@ def _cards(record: RunRecord) -> list[tuple[str, str, list[tuple[str, list[tuple
     kinds = (
         ("Choices", "What was tried", "choice"),
         ("Calibration", "Calibration card", "calibration"),
-        ("Sparsity", "2:4 sparsity", "sparsity"),
+        ("Sparsity", "Sparsity", "sparsity"),
     )
     found = [(word, title, view.cards(record, key)) for word, title, key in kinds]
     return [row for row in found if row[2]]

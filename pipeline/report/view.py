@@ -7,6 +7,7 @@ Besides measurements and verdicts the record's free-form fields are read where p
 * `details["groups"]` of `prune`: [{"id", "branch", "width", "kept"}], kept a count or a list of channels;
 * `details["branches"]` of `prune`: {branch: {"macs_before", "macs_after", "params_before", "params_after"}};
 * `details["pictures"]` of any stage: [{"path", "title"}], relative to the run folder or to the stage's folder in it;
+* `details["layers"]` of `sparsify`: what every mask kept (`sparsity.py`);
 * `details["choice"]`, `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
 * `details["history"]` and `details["looks"]` of stages that train (report/training.py);
 * `details["note"]` of any stage: what a reader must know; `details["executed"]` of `build`: whether its engine ran;
@@ -40,7 +41,10 @@ SPEEDUP = "latency.speedup"
 TONES: dict[str, Tone] = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "inconclusive", "ANOMALOUS": "anomalous"}
 STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fail", "interrupted": "inconclusive"}
 MODEL_STAGES = ("macs", "params", "size.onnx_mib")
-SHOWN_ELSEWHERE = ("groups", "branches", "pictures", "choice", "calibration", "sparsity", "note", "history", "looks")
+SHOWN_ELSEWHERE = (
+    *("groups", "branches", "pictures", "choice", "calibration", "sparsity", "layers", "ranks", "spread_search"),
+    *("note", "history", "looks"),
+)
 MOST_ITEMS = 8
 MOST_CHARACTERS = 320
 
