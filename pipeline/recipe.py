@@ -463,8 +463,15 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _weights_need_one_criterion(self) -> Recipe:
-        if self.sparsify is not None and self.sparsify.choose == "score" and self.score.method == "auto":
+    def _sections_that_sparsify_reads(self) -> Recipe:
+        if self.sparsify is None:
+            return self
+        if self.sparsify.recover == "sparselora" and self.finetune is not None and self.finetune.shard != "none":
+            raise ValueError(
+                f"expected `finetune.shard: none` with sparsify.recover: sparselora, whose updates are of whole weights; "
+                f"got {self.finetune.shard}; change one of the two"
+            )
+        if self.sparsify.choose == "score" and self.score.method == "auto":
             raise ValueError(
                 "expected one criterion in `score.method` with sparsify.choose: score; got auto, which tries channels "
                 "only; name a criterion"

@@ -62,6 +62,13 @@ def test_weights_are_not_scored_by_a_criterion_that_is_still_to_be_chosen(tmp_pa
     assert load(tmp_path, {"choose": "score"}, score={"method": "snip"}).sparsify is not None
 
 
+def test_low_rank_updates_of_shared_out_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"expected `finetune\.shard: none` with sparsify\.recover: sparselora.*fsdp2"
+    ):
+        load(tmp_path, {"recover": "sparselora"}, finetune={"shard": "fsdp2"})
+
+
 @pytest.mark.parametrize(
     ("section", "wanted"),
     [({}, True), ({"pattern": "unstructured", "sparsity": 0.5}, False), (None, False)],
