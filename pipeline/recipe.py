@@ -468,8 +468,8 @@ class Recipe(Section):
             return self
         if self.sparsify.recover == "sparselora" and self.finetune is not None and self.finetune.shard != "none":
             raise ValueError(
-                f"expected `finetune.shard: none` with sparsify.recover: sparselora, whose updates are of whole weights; "
-                f"got {self.finetune.shard}; change one of the two"
+                "expected `finetune.shard: none` with sparsify.recover: sparselora, whose updates are of whole "
+                f"weights; got {self.finetune.shard}; change one of the two"
             )
         if self.sparsify.choose == "score" and self.score.method == "auto":
             raise ValueError(
