@@ -65,7 +65,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return 2
     except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to resume", err=True)
+        if distributed.speaks():
+            click.echo("interrupted; run the same command again to resume", err=True)
         return EXIT_INTERRUPTED
     except FusepressError as error:
         if debug:

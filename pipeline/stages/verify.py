@@ -64,15 +64,15 @@ class Verify:
         dense_clean = common.load_stats(ctx.artifacts["dense_stats"], ctx.task.score)
         pairs: Pairs = {CLEAN: (dense_clean, clean)}
         pairs |= self._failures(ctx, dense, compressed)
+        constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
+        if not is_main():
+            return StageOutput()  # what follows is for the files
         kind: Kind = "measured" if ctx.on_host else "simulated"
         measurements = common.accuracy_measurements(
             ctx, clean, runtime="onnxruntime-cpu", precision=ctx.precision, kind=kind, artifact_sha256=sha
         )
         measurements += self._robustness(ctx, pairs, kind, sha)
         ctx.reporter.update(0.85, "bootstrap")
-        constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
-        if not is_main():
-            return StageOutput()  # what follows is for the files
         save_replicates(out / "replicates.npz", self._replicates(ctx, pairs, constant, sha))
         details: dict[str, Any] = {
             "pictures": self._pictures(ctx, dense, compressed, out),
