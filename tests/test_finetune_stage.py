@@ -8,20 +8,18 @@ from typing import Any
 import pytest
 import yaml
 
-from fusepress.pipeline.api import make_context, new_record, preflight
+from fusepress.pipeline.api import make_context
 from fusepress.pipeline.console import Reporter
-from fusepress.pipeline.evidence import StageRecord
 from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
 from fusepress.pipeline.recovery.contract import Look
 from fusepress.pipeline.recovery.finetune import finetune
 from fusepress.pipeline.report.html import render
-from fusepress.pipeline.runner import run_stages
-from fusepress.pipeline.stages import STAGES
-from fusepress.pipeline.stages.finetune import early_stop_words
-from fusepress.pipeline.store import Store
+from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.stages.finetune import Finetune, early_stop_words
+from fusepress.pipeline.store import content_key
 from fusepress.pipeline.task import load_task
-from tests.test_report import check_page
+from tests.test_report import check_page, record_of
 
 TESTS = Path(__file__).parent
 RECIPE: dict[str, Any] = {
@@ -45,48 +43,51 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(project: Path, *overrides: str) -> tuple[StageRecord, Path, str]:
-    """The stage's record, its folder and the page; all share a store."""
+def context(project: Path, *overrides: str) -> Context:
     ctx = make_context(load_recipe(project / "recipe.yaml", overrides), Reporter(quiet=True))
-    folder = project / "runs" / "run"
-    preflight(ctx, Store(folder.parent / ".store"))
-    record = new_record(ctx, folder, "")
-    run_stages(ctx, [stage for stage in STAGES if stage.name in ("baseline", "finetune")], record, folder)
-    found = record.stage("finetune")
-    assert found is not None
-    return found, folder / "finetune", render(record, folder)
+    ctx.add_artifact("dense_weights", project / "dense.safetensors")
+    return ctx
 
 
-def test_a_gate_that_is_met_ends_the_training_and_the_report_says_so(project: Path) -> None:
-    stage, _, page = trained(project)
-    assert stage.details["steps"] == 3
-    assert stage.details["early_stop"].startswith("stopped after step 3 of 9: the drop on the calib split")
-    assert stage.details["early_stop"].endswith("the gate allows 0.9")
-    assert "stopped after step 3 of 9" in check_page(page).words
-    assert "Distillation losses" in check_page(page).words
-    stage, _, _ = trained(project, "finetune.early_stop=false")
-    assert stage.details["steps"] == 9
-    assert "early_stop" not in stage.details
+def details(project: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    """Run the stage into `folder/out`."""
+    (folder / "out").mkdir(parents=True)
+    return Finetune().run(context(project, *overrides), folder / "out", folder / "work").details
+
+
+def test_a_gate_that_is_met_ends_the_training_and_the_report_says_so(project: Path, tmp_path: Path) -> None:
+    found = details(project, tmp_path / "stopped")
+    assert found["steps"] == 3
+    assert found["early_stop"].startswith("stopped after step 3 of 9: the drop on the calib split")
+    assert found["early_stop"].endswith("the gate allows 0.9")
+    record = record_of()
+    stage = record.stage("finetune")
+    assert stage is not None
+    stage.details = found
+    words = check_page(render(record, tmp_path)).words
+    assert "stopped after step 3 of 9" in words
+    assert "Distillation losses" in words
+    blind = details(project, tmp_path / "blind", "finetune.early_stop=false")
+    assert blind["steps"] == 9
+    assert "early_stop" not in blind
 
 
 def test_loggers_are_not_in_the_key_and_the_gate_is_where_it_stops_the_run(project: Path) -> None:
-    pytest.importorskip("tensorboard")
-    first, _, _ = trained(project)
-    logged, _, _ = trained(project, "finetune.log=[tensorboard]")
-    assert logged.key == first.key
-    moved, _, _ = trained(project, "gates.accuracy.max_drop=0.8")
-    assert moved.key != first.key
-    plain, _, _ = trained(project, "finetune.early_stop=false")
-    other, _, _ = trained(project, "finetune.early_stop=false", "gates.accuracy.max_drop=0.8")
-    assert plain.key == other.key
+    def key(*overrides: str) -> str:
+        return content_key(Finetune().key_parts(context(project, *overrides)))
+
+    assert key("finetune.log=[tensorboard]") == key()
+    assert key("gates.accuracy.max_drop=0.8") != key()
+    assert key("finetune.accumulate=2") != key()
+    blind = "finetune.early_stop=false"
+    assert key(blind, "gates.accuracy.max_drop=0.8") == key(blind) != key()
 
 
-def test_the_files_of_a_logger_end_up_beside_the_weights(project: Path) -> None:
+def test_the_files_of_a_logger_end_up_beside_the_weights(project: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    stage, folder, _ = trained(project, "finetune.log=[tensorboard]", "finetune.steps=4", "finetune.accumulate=2")
-    assert stage.status == "done"
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["tensorboard"]
-    assert any(path.name.startswith("events.") for path in (folder / "tensorboard").iterdir())
+    details(project, tmp_path, "finetune.log=[tensorboard]", "finetune.steps=4", "finetune.accumulate=2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetuned.safetensors", "tensorboard"]
+    assert any(path.name.startswith("events.") for path in (tmp_path / "out" / "tensorboard").iterdir())
 
 
 def test_an_early_stop_that_never_came_is_told_with_its_last_look() -> None:
