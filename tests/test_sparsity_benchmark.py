@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import nn
 
 from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.task import load_task
 
 if TYPE_CHECKING:
     from benchmarks.sparsity.cells import Cell
@@ -101,3 +103,11 @@ def test_every_suite_has_cells(suite: str) -> None:
     from benchmarks.sparsity.cells import planned
 
     assert planned([suite], [0])
+
+
+def test_the_wide_network_has_convolutions_that_sparse_kernels_like() -> None:
+    task = load_task("wide_task.py:WideStreet", base=ROOT / "benchmarks/sparsity")
+    layers = [layer for layer in task.build_model().modules() if isinstance(layer, nn.Conv2d)]
+    wide = [c for c in layers if c.kernel_size == (3, 3) and min(c.in_channels, c.out_channels) >= 256]
+    assert len(wide) >= 2
+    assert load_recipe(ROOT / "benchmarks/sparsity/wide.yaml").recipe.prune is None

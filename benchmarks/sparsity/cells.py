@@ -26,7 +26,7 @@ class Protocol:
     """What all cells share.
 
     Attributes:
-        macs: kept fraction of the dense MACs of the model that is masked.
+        macs: kept fraction of the dense MACs of the street model that is masked (the wide one is not pruned).
         start_steps: fine-tuning steps of that model before.
         steps: recovery steps.
         lr: their peak learning rate, and that of low-rank updates, whose scale starts from zero.

@@ -120,18 +120,16 @@ class Bench:
 
     # --- the start ----------------------------------------------------------------------------------------------------
 
-    def _overrides(self, seed: int) -> list[str]:
+    def _overrides(self, model: str, seed: int) -> list[str]:
         protocol = self.protocol
-        return [
-            f"seed={seed}",
-            f"prune.macs={protocol.macs}",
-            f"prune.align={ALIGN}",
-            f"finetune.steps={protocol.start_steps}",
-            f"finetune.precision={protocol.precision}",
-        ]
+        shared = [f"seed={seed}", f"finetune.precision={protocol.precision}"]
+        if model == "wide":  # the dense network itself: pruned, it would have no layer of 256 channels left
+            return shared
+        pruned = [f"prune.macs={protocol.macs}", f"prune.align={ALIGN}", f"finetune.steps={protocol.start_steps}"]
+        return [*shared, *pruned]
 
     def start(self, model: str, seed: int) -> Context:
-        """The pruned and fine-tuned model of a seed, by the pipeline's own stages (kept in their store)."""
+        """The model that a seed's cells start from, by the pipeline's own stages (kept in their store)."""
         from fusepress.pipeline.api import make_context, new_record, preflight
         from fusepress.pipeline.console import Reporter
         from fusepress.pipeline.recipe import load_recipe
@@ -140,7 +138,7 @@ class Bench:
         from fusepress.pipeline.store import Store
 
         if (model, seed) not in self._starts:
-            ctx = make_context(load_recipe(MODELS[model], self._overrides(seed)), Reporter(quiet=True))
+            ctx = make_context(load_recipe(MODELS[model], self._overrides(model, seed)), Reporter(quiet=True))
             self._cache_batches(ctx)
             folder = self.store / "starts" / f"{model}-s{seed}"
             preflight(ctx, Store(folder.parent / ".store"))
@@ -219,7 +217,9 @@ class Bench:
             spread = named_spread(cell, start, model)
             if spread is None:
                 return None
-        loaded = load_recipe(MODELS[cell.model], [*self._overrides(cell.seed), *cell.overrides(self.protocol, spread)])
+        loaded = load_recipe(
+            MODELS[cell.model], [*self._overrides(cell.model, cell.seed), *cell.overrides(self.protocol, spread)]
+        )
         return replace(start, loaded=loaded)
 
     @staticmethod
