@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from fusepress.pipeline.cli import run
 from fusepress.pipeline.evidence import RunRecord, read_run
+from tests.ranks import start_ranks
 
 RECIPE: dict[str, Any] = {
     "task": "task.py:MyTask",
@@ -186,6 +188,34 @@ def test_a_rank_that_raises_is_named_with_its_error(project: Path) -> None:
     assert stage.status == "failed"
     assert "rank 1 failed: ZeroDivisionError" in str(stage.why)
     assert "_perhaps_die" in (project / "raised/r/log.txt").read_text()  # its traceback
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            [["--run", "a/r"], ["--run", "b/r"]],
+            r"expected a run folder that all 2 processes share; got one that",
+        ),
+        ([["--run", "c/r"], ["--run", "c/r", "-o", "seed=1"]], r"expected every process to have the same recipe; got"),
+        ([["--run", "d/r", "-o", "task=same.py:MyTask"]] * 2, r"expected batches\('train', 0, rank=0, world=2\) to"),
+    ],
+    ids=["folders", "recipes", "shards"],
+)
+def test_what_processes_must_share_is_checked_before_anything_is_spent(
+    project: Path, options: list[list[str]], message: str
+) -> None:
+    text = (project / "task.py").read_text()
+    (project / "same.py").write_text(text.replace("range(start * world + rank, last, world)", "range(start, last)"))
+    common = ["-m", "fusepress", "compress", str(project / "recipe.yaml")]
+    folders = [[str(project / word) if word.endswith("/r") else word for word in given] for given in options]
+    processes = start_ranks([[*common, *given] for given in folders])
+    told = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    assert re.search(message, told[0]), told[0]
+    assert "error: expected" not in told[1]  # one process speaks
+    assert not any((project / name / "r").exists() for name in "abcd")
 
 
 def test_other_verbs_are_refused_in_several_processes(
