@@ -94,6 +94,13 @@ def test_each_task_passes_the_check(name: str) -> None:
     assert checked.keep
 
 
+def test_tasks_keep_their_order_and_unknown_ones_are_refused(task: LoadedTask) -> None:
+    kind = type(task.user)
+    assert kind(("depth", "segmentation")).tasks == ("segmentation", "depth")
+    with pytest.raises(ValueError, match=r"expected tasks of segmentation, .*; got \('driving',\)"):
+        kind(("driving",))
+
+
 def test_the_truth_scores_one_in_every_task(task: LoadedTask, batch: Batch, perfect: dict[str, Tensor]) -> None:
     metrics = task.score(task.sample_stats(perfect, batch))
     assert set(metrics) == set(task.metrics)

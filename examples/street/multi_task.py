@@ -199,13 +199,19 @@ class StreetMultiTask(StreetTask):
         tasks: which of them; None for the class's own.
         width: factor on every number of the network's channels.
         batch_size: samples a batch.
+
+    Raises:
+        ValueError: a task is unknown.
     """
 
     tasks: tuple[str, ...] = TASKS
     dense_steps = 2000
 
     def __init__(self, tasks: tuple[str, ...] | None = None, width: float = 1.0, batch_size: int = 8) -> None:
-        self.tasks = tuple(task for task in TASKS if task in (tasks or type(self).tasks))
+        wanted = tasks or type(self).tasks
+        if set(wanted) - set(TASKS):
+            raise ValueError(f"expected tasks of {', '.join(TASKS)}; got {wanted!r}; correct the names")
+        self.tasks = tuple(task for task in TASKS if task in wanted)
         self.width = width
         self.batch_size = batch_size
         parts = [PARTS[task] for task in self.tasks]

@@ -98,20 +98,25 @@ class CrossModalFusion(nn.Module):
 
     def forward(self, image_NCHW: Tensor, bev_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with what the tokens add to them."""
-        pooled = [_pool(image_NCHW, IMAGE_TOKENS), _pool(bev_NCHW, BEV_TOKENS)]
-        tokens = torch.cat([part.flatten(2) for part in pooled], dim=2).transpose(1, 2) + self.position
-        added = self.attention(tokens)
-        added = added + self.mlp(tokens + added)
-        parts = added.transpose(1, 2).split([part.shape[2] * part.shape[3] for part in pooled], dim=2)
-        return tuple(  # type: ignore[return-value]  # two of them
-            whole + F.interpolate(part.reshape(few.shape), size=whole.shape[2:], mode="bilinear", align_corners=False)
-            for whole, few, part in zip((image_NCHW, bev_NCHW), pooled, parts, strict=True)
+        image_NCT, bev_NCT = _pool(image_NCHW, IMAGE_TOKENS).flatten(2), _pool(bev_NCHW, BEV_TOKENS).flatten(2)
+        tokens_NTC = torch.cat([image_NCT, bev_NCT], dim=2).transpose(1, 2) + self.position
+        added_NTC = self.attention(tokens_NTC)
+        added_NTC = added_NTC + self.mlp(tokens_NTC + added_NTC)
+        to_image, to_bev = added_NTC.transpose(1, 2).split([image_NCT.shape[2], bev_NCT.shape[2]], dim=2)
+        return image_NCHW + _spread(to_image, IMAGE_TOKENS, image_NCHW), bev_NCHW + _spread(
+            to_bev, BEV_TOKENS, bev_NCHW
         )
 
 
 def _pool(x_NCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean over equal windows; the grids divide every scale's map."""
     return F.avg_pool2d(x_NCHW, (x_NCHW.shape[2] // grid[0], x_NCHW.shape[3] // grid[1]))
+
+
+def _spread(x_NCT: Tensor, grid: tuple[int, int], like_NCHW: Tensor) -> Tensor:
+    """Tokens of a grid as a map of the size of another, bilinear."""
+    size = like_NCHW.shape[2:]
+    return F.interpolate(x_NCT.unflatten(2, grid), size=size, mode="bilinear", align_corners=False)
 
 
 class CameraBranch(nn.Module):
@@ -121,8 +126,9 @@ class CameraBranch(nn.Module):
         super().__init__()
         stem, first, second, third = widths
         self.stem = conv_bn_relu(3, stem, stride=2)
-        self.stages = nn.ModuleList([Residual(a, b, stride=2) for a, b in ((stem, first), (first, second))])
-        self.stages.append(Residual(second, third, stride=2))
+        self.stages = nn.ModuleList(
+            [Residual(stem, first, stride=2), Residual(first, second, stride=2), Residual(second, third, stride=2)]
+        )
         self.pyramid = Pyramid([stem, first, second, third], width=out, outputs=out)
 
 
@@ -133,8 +139,9 @@ class LidarBranch(nn.Module):
         super().__init__()
         stem, first, second, third = widths
         self.pillars = PillarEncoder(stem, hidden=stem)
-        self.stages = nn.ModuleList([conv_bn_relu(stem, first), Residual(first, second, stride=2)])
-        self.stages.append(Residual(second, third, stride=2))
+        self.stages = nn.ModuleList(
+            [conv_bn_relu(stem, first), Residual(first, second, stride=2), Residual(second, third, stride=2)]
+        )
         self.pyramid = Pyramid([first, second, third], width=out, outputs=out) if pyramid else None
 
 
