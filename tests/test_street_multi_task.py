@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.distill import Distiller
+from fusepress.pipeline.scoring.masking import masked, masking_equals_zeroing
 from fusepress.pipeline.task import Batch, LoadedTask, check_task, load_task
 
 STREET = Path(__file__).resolve().parent.parent / "examples" / "street"
@@ -92,6 +93,23 @@ def test_each_task_passes_the_check(name: str) -> None:
     assert list(shapes) == list(checked.user.distill_kinds)
     assert checked.primary == "score"
     assert checked.keep
+
+
+@pytest.mark.parametrize("modality", ["camera", "lidar"])
+@pytest.mark.parametrize("name", ["StreetMultiTask", "DepthExpert", "StreetDetectTask"])
+def test_a_masked_branch_is_silent_and_the_same_as_without_its_parameters(
+    name: str, modality: str, batch: Batch
+) -> None:
+    checked = load(name)
+    torch.manual_seed(0)
+    model = checked.build_model().eval()
+    few = {key: value[:2] for key, value in batch.inputs.items()}
+    own = checked.user.inputs_by_modality[modality]
+    other = {**few, **{key: value.roll(1, 0) for key, value in few.items() if key in own}}
+    with torch.no_grad(), masked(model, checked.branches[modality], modality):
+        first, second = model(**few), model(**other)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert masking_equals_zeroing(model, few, checked.branches, modality)
 
 
 def test_tasks_keep_their_order_and_unknown_ones_are_refused(task: LoadedTask) -> None:

@@ -217,7 +217,16 @@ class StreetMultiTask(StreetTask):
         parts = [PARTS[task] for task in self.tasks]
         self.metrics = {"score": "max"} | {name: way for part in parts for name, way in part.metrics.items()}
         self.distill_kinds = {name: kind for part in parts for name, kind in part.outputs.items()}
+        self.branches = self._branches()
         self.keep = self._last_layers()
+
+    def _branches(self) -> dict[str, list[str]]:
+        """The modules that the network calls itself, stage by stage; what feeds the fusion last comes last."""
+        pyramid = ["lidar.pyramid"] if self.tasks != ("depth",) else []
+        return {
+            "camera": ["camera.stem", "camera.stages", "camera.pyramid"],
+            "lidar": ["lidar.pillars", "lidar.stages", *pyramid],
+        }
 
     def _last_layers(self) -> list[str]:
         return [f"heads.{task}.{layer}" for task in self.tasks for layer in PARTS[task].last]
@@ -341,6 +350,9 @@ class StreetDetectTask(StreetMultiTask):
 
     tasks = ("segmentation", "detection")
     dense_steps = 600
+
+    def _branches(self) -> dict[str, list[str]]:
+        return StreetTask.branches
 
     def _last_layers(self) -> list[str]:
         return ["head.out", "detection.heat", "detection.box"]
