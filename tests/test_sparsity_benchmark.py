@@ -1,15 +1,18 @@
-"""The sparsity benchmark's plan, keys and tables (its cells run for minutes and are not run here)."""
+"""The sparsity benchmark: its plan, its keys, its tables, and its driver on a tiny task."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from torch import nn
 
+from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.task import load_task
 
@@ -111,3 +114,56 @@ def test_the_wide_network_has_convolutions_that_sparse_kernels_like() -> None:
     wide = [c for c in layers if c.kernel_size == (3, 3) and min(c.in_channels, c.out_channels) >= 256]
     assert len(wide) >= 2
     assert load_recipe(ROOT / "benchmarks/sparsity/wide.yaml").recipe.prune is None
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The driver on a tiny task in place of street."""
+    from benchmarks.sparsity import cells, run
+
+    project = tmp_path / "toy"
+    project.mkdir()
+    (project / "sparsify_toy.py").write_text((ROOT / "tests/sparsify_toy.py").read_text())
+    task = load_task("sparsify_toy.py:Toy", base=project)
+    (project / "dense.safetensors").write_bytes(weights_bytes(task.build_model()))
+    recipe = {"task": "sparsify_toy.py:Toy", "checkpoint": "dense.safetensors", "target": "jetson-agx-orin-64gb"}
+    (project / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "prune": {"macs": 0.8}, "finetune": {"steps": 1}}))
+    monkeypatch.setitem(cells.MODELS, "street", project / "recipe.yaml")
+    monkeypatch.setattr(run, "CACHE", tmp_path / "batches")
+    monkeypatch.setattr(run, "FAILURES", {"camera_blank": 3, "lidar_blank": 3})
+    return tmp_path / "store"
+
+
+@pytest.mark.long
+def test_cells_run_once_keep_their_pattern_or_lose_it_and_make_a_table(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.sparsity import run, table
+
+    options = ["--store", str(toy), "--seeds", "0", "--macs", "0.8", "--start-steps", "2", "--steps", "2"]
+    options += ["--samples", "8", "--max-trainable", "0.3", "--precision", "fp32"]
+    for suite, name in (
+        ("recovery", "street-twin"),
+        ("recovery", "sparsegpt-permuted-sparselora"),
+        ("recovery", "dense_lora"),
+        ("spread", "u40-fusion_spared-magnitude-none"),
+        ("spread", "u80-lidar_only-magnitude-none"),
+    ):
+        assert run.main([*options, "--suite", suite, "--only", name]) == 0
+    assert "1 cells done, 0 left" in capsys.readouterr().out
+    found = {path.stem.rpartition("-")[0]: json.loads(path.read_text()) for path in (toy / "cells").iterdir()}
+    sparse = found["street-24-sparsegpt-permuted-sparselora-s0"]
+    assert sparse["violations_2to4"] == sparse["masked_not_zero"] == 0
+    assert 0.5 <= sparse["zeros"] < 0.55
+    assert sparse["sparselora"]["fraction"] <= 0.3
+    lost = found["street-24-magnitude-dense_lora-s0"]
+    assert lost["violations_2to4"] > 0
+    assert lost["zeros"] < 0.05
+    spared = found["street-u40-fusion_spared-magnitude-none-s0"]
+    assert spared["spread"]["fusion"] == 0.0
+    assert "impossible" in found["street-u80-lidar_only-magnitude-none-s0"]  # too few weights for so many zeros
+    before = {path: path.stat().st_mtime_ns for path in (toy / "cells").iterdir()}
+    assert run.main([*options, "--suite", "recovery", "--only", "street-twin"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (toy / "cells").iterdir()}
+    assert table.main(["--store", str(toy)]) == 0
+    assert "| street | 2:4 | sparsegpt | yes | sparselora | 1 |" in capsys.readouterr().out
