@@ -154,7 +154,7 @@ def test_a_second_run_of_two_processes_does_nothing(project: Path, undisturbed: 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("where", "stage"), [("sample_stats:1", "baseline"), ("losses:2", "score"), ("losses:9", "finetune")]
+    ("where", "stage"), [("sample_stats:1", "baseline"), ("losses:2", "score"), ("losses:12", "finetune")]
 )
 def test_a_rank_killed_in_the_middle_loses_nothing_that_was_committed(
     project: Path, undisturbed: RunRecord, where: str, stage: str
