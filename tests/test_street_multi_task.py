@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.distill import Distiller
+from fusepress.pipeline.recovery.weighting import shared_parameters
 from fusepress.pipeline.scoring.masking import masked, masking_equals_zeroing
 from fusepress.pipeline.task import Batch, LoadedTask, check_task, load_task
 
@@ -110,6 +111,16 @@ def test_a_masked_branch_is_silent_and_the_same_as_without_its_parameters(
         first, second = model(**few), model(**other)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert masking_equals_zeroing(model, few, checked.branches, modality)
+
+
+@pytest.mark.parametrize("name", ["StreetMultiTask", "StreetDetectTask"])
+def test_every_loss_depends_on_the_shared_layer(name: str, batch: Batch) -> None:
+    checked = load(name)
+    model = checked.build_model()
+    [shared] = shared_parameters(model, checked, 0)
+    for loss_name, loss in checked.losses(model(**batch.inputs), batch).items():
+        [gradient] = torch.autograd.grad(loss, shared, retain_graph=True)
+        assert gradient.abs().max() > 0, loss_name
 
 
 def test_tasks_keep_their_order_and_unknown_ones_are_refused(task: LoadedTask) -> None:

@@ -205,6 +205,7 @@ class StreetMultiTask(StreetTask):
     """
 
     tasks: tuple[str, ...] = TASKS
+    shared = ["camera.pyramid.smooth.0"]  # the last layer that every head reads, the depth's too
     dense_steps = 2000
 
     def __init__(self, tasks: tuple[str, ...] | None = None, width: float = 1.0, batch_size: int = 8) -> None:
@@ -349,6 +350,7 @@ class StreetDetectTask(StreetMultiTask):
     """Segmentation and detection by the convolutional street network."""
 
     tasks = ("segmentation", "detection")
+    shared = ["fuser.0"]
     dense_steps = 600
 
     def _branches(self) -> dict[str, list[str]]:
