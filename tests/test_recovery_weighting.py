@@ -190,8 +190,8 @@ def test_ranks_learn_from_the_mean_of_all_of_them() -> None:
     slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0].double() for loss in theirs.values()]
     other = iter([*slopes, torch.stack([loss.detach().double() for loss in theirs.values()])])
     rank = GradNorm([theta], alpha=1.0, every=1, where=WHERE)
-    rank.total(mine)
-    rank.update(lambda value: 0.5 * (value + next(other)))
+    rank.total(mine, 0.5)
+    rank.update(lambda value: value + 0.5 * next(other))
     assert rank.weights == pytest.approx(both.weights)
 
 

@@ -27,7 +27,6 @@ from fusepress.pipeline.recovery.distributed import (
     average_norms_,
     draw_apart,
     sum_losses,
-    sum_over_ranks,
 )
 from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.objective import Objective
@@ -143,7 +142,7 @@ class Trainer:
         self.amp.step(self.optimizer, self.student, self.config.clip, self._where(parts, lr))
         if self.masks is not None:
             self.masks.apply(self.student)
-        self.objective.weighting.update(sum_over_ranks)
+        self.objective.weighting.update()
         self._update_average()
         return sum_losses(losses)
 

@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fusepress.pipeline.distributed import all_reduce_
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery import rng
 from fusepress.pipeline.recovery.distill import PREFIX
+from fusepress.pipeline.recovery.distributed import sum_over_ranks
 from fusepress.pipeline.recovery.features import find_fuser
 from fusepress.pipeline.recovery.placement import on_device
 from fusepress.pipeline.task import LoadedTask
@@ -33,11 +33,6 @@ RATE = 0.025  # of Adam, as in GradNorm's experiments
 LEAST = 0.01  # a weight of zero would never see a gradient again
 Reduce = Callable[[Tensor], Tensor]
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    all_reduce_([value], "mean")
-    return value
 
 
 class Weighting(Protocol):
@@ -52,11 +47,15 @@ class Weighting(Protocol):
 
         Args:
             losses: by name.
-            share: of the batch in the optimiser step; the sum is not multiplied by it.
+            share: of the batch in the optimiser step, over all ranks; the sum is not multiplied by it.
         """
 
-    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
-        """Learn from the batches since the last update; called once an optimiser step."""
+    def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
+        """Learn from the batches since the last update; called once an optimiser step.
+
+        Args:
+            over_ranks: adds a tensor up over the processes that share the step.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """All that `load` needs to go on with the same bits."""
@@ -91,7 +90,7 @@ class Fixed:
             )
         return _sum({name: self._factors[name] * x if name in self._factors else x for name, x in losses.items()})
 
-    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
+    def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
         """Nothing to learn."""
 
     def state(self) -> dict[str, Tensor]:
@@ -138,11 +137,11 @@ class _Learned:
             value = share * loss.detach().double().reshape(())
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _means(self, mean_over_ranks: Reduce) -> Tensor:
+    def _means(self, over_ranks: Reduce) -> Tensor:
         """Mean losses since the last update, in the order of the numbers; begins anew."""
         sums = torch.stack([self._sums[name] for name in self._numbers])
         self._sums = {}
-        return mean_over_ranks(sums).cpu()
+        return over_ranks(sums).cpu()
 
     def _follow(self, slopes: Tensor) -> None:
         assert self._adam is not None
@@ -191,9 +190,9 @@ class Uncertainty(_Learned):
         weights = self.weights
         return _sum({name: weights[name] * loss if name in mine else loss for name, loss in losses.items()})
 
-    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
+    def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
         """One step of every s along its derivative, 1 - exp(-s) L."""
-        means = self._means(mean_over_ranks)
+        means = self._means(over_ranks)
         s = torch.stack([number.detach() for number in self._numbers.values()])
         self._follow(1 - torch.exp(-s) * means)
 
@@ -247,14 +246,14 @@ class GradNorm(_Learned):
         ]
         return torch.cat(wide)
 
-    def update(self, mean_over_ranks: Reduce = _mean_over_ranks) -> None:
+    def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
         """Where a measurement was due: one step of every weight, and their scaling to their number."""
         due = self._step % self._every == 0
         self._step += 1
         if not due:
             return
-        norm = torch.stack([mean_over_ranks(self._slopes[name]).norm().cpu() for name in self._numbers])
-        loss = self._means(mean_over_ranks)
+        norm = torch.stack([over_ranks(self._slopes[name]).norm().cpu() for name in self._numbers])
+        loss = self._means(over_ranks)
         self._slopes = {}
         if not bool(torch.isfinite(norm).all()):  # a float16 overflow: the model did not step either
             return
