@@ -3,7 +3,7 @@
 A step is a function of the saved state, the seed and its number: batches come from `task.train_batches(seed,
 start=step)`, the learning rate from the step, random draws from saved generators. On a CPU the kernels are
 deterministic too, so a run that was killed and started again ends bit-identical to one that was not (same thread
-count). An accelerator's kernels may sum in another order.
+count and number of processes). What CUDA promises less: `rng.scope`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ def finetune(
     AdamW (no decay on norms and biases), linear warm-up and cosine to zero, gradient clipping, and an exponential
     average of the weights that becomes the result (buffers, such as batch norm statistics, are the last ones).
 
+    Processes that share a run call it together: each adds its own batches to every step, and all end with the same
+    model. With frozen batch norms that is the step of one process that accumulates all of them. Rank 0 alone writes,
+    reports and decides which checkpoint all go on from. The task's own `fit` is run by rank 0 alone.
+
     Args:
         student: trained in place; on return in evaluation mode and on the device it was on.
         teacher: the dense model, or None; used where `config.distill` is set. It is not changed.
@@ -88,7 +92,8 @@ def finetune(
         TrainingError: a loss, a gradient or a weight became NaN or infinite; or the task's `fit` failed.
         TaskError: the task's losses or outputs cannot be trained on.
         StoreError: a checkpoint cannot be written.
-        UsageError: a package that `config.log` needs is not installed.
+        UsageError: a package that `config.log` needs is not installed, or there is nobody to share the weights with.
+        RankError: another process failed or was lost.
     """
     if masks is not None:
         masks.apply(student)
