@@ -323,7 +323,7 @@ class SparsifyConfig(Section):
         modalities: which of them (and "fusion") get the 2:4 pattern; default: all.
         choose: what decides: magnitude, score (the criterion of the `score` section, of single weights), or sparsegpt
             (what changes each layer's outputs least, with an update of the weights that stay).
-        samples: calibration samples of sparsegpt.
+        samples: calibration samples of sparsegpt; layers with small feature maps need them all.
         permute: reorder channels first, so that 2:4 keeps more magnitude (or score).
         recover: masked (train all weights under the masks), sparselora (masked low-rank updates), or none.
         rank: of a low-rank update at most.
@@ -340,7 +340,7 @@ class SparsifyConfig(Section):
     spread: SpreadChoice = "equal"
     modalities: tuple[str, ...] | None = Field(default=None, min_length=1)
     choose: Literal["magnitude", "score", "sparsegpt"] = "magnitude"
-    samples: int = Field(default=32, ge=1)
+    samples: int = Field(default=64, ge=1)
     permute: bool = False
     recover: Literal["masked", "sparselora", "none"] = "masked"
     rank: int = Field(default=8, ge=1)

@@ -44,7 +44,7 @@ class Protocol:
     lora_lr: float = 3e-3
     rank: int = 16
     max_trainable: float = 0.1
-    samples: int = 32
+    samples: int = 64
     precision: str = "bf16"
 
 
