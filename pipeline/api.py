@@ -102,7 +102,9 @@ def _lead(ctx: Context, folder: Path, from_stage: str | None, command: str) -> O
     """A run as its only process or as rank 0."""
     from fusepress.pipeline.runner import run_stages
     from fusepress.pipeline.stages import STAGES
+    from fusepress.pipeline.stages.finetune import check_training
 
+    check_training(ctx)
     with distributed.alone():
         _refuse_foreign_folder(folder)
         preflight(ctx, Store(folder.parent / ".store"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fusepress.pipeline.api import make_context
+from fusepress.pipeline.api import compress, make_context
 from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
 from fusepress.pipeline.recovery.contract import Look
@@ -88,6 +90,19 @@ def test_the_files_of_a_logger_end_up_beside_the_weights(project: Path, tmp_path
     details(project, tmp_path, "finetune.log=[tensorboard]", "finetune.steps=4", "finetune.accumulate=2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetuned.safetensors", "tensorboard"]
     assert any(path.name.startswith("events.") for path in (tmp_path / "out" / "tensorboard").iterdir())
+
+
+def test_what_the_training_needs_is_checked_before_anything_is_spent(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    recipe, folder, quiet = project / "recipe.yaml", tmp_path / "runs" / "run", Reporter(quiet=True)
+    with pytest.raises(UsageError, match=r"pip install fusepress\[mlflow\]"):
+        compress(recipe, run=folder, overrides=["finetune.log=[mlflow]"], reporter=quiet)
+    alone = ["finetune.early_stop=false", "finetune.shard=fsdp2"]
+    with pytest.raises(UsageError, match=r"two processes or more for finetune\.shard: fsdp2; got one"):
+        compress(recipe, run=folder, overrides=alone, reporter=quiet)
+    assert not folder.exists()
 
 
 def test_an_early_stop_that_never_came_is_told_with_its_last_look() -> None:

@@ -70,6 +70,16 @@ def logging_to(names: Sequence[LoggerName], workdir: Path) -> Iterator[Callable[
         yield tell
 
 
+def check_loggers(names: Sequence[LoggerName]) -> None:
+    """Import what the loggers need.
+
+    Raises:
+        UsageError: a logger's package is not installed.
+    """
+    for name in names:
+        _module(name)
+
+
 def _module(name: LoggerName) -> Any:
     try:
         return importlib.import_module(_MODULES[name])

@@ -89,6 +89,19 @@ def _local(value: Any) -> Tensor:
     return share
 
 
+def check_processes() -> None:
+    """Whether there is anybody to share weights with.
+
+    Raises:
+        UsageError: there is one process only.
+    """
+    if world() == 1:
+        raise UsageError(
+            "expected two processes or more for finetune.shard: fsdp2; got one; start with torchrun "
+            "--nproc-per-node=N -m fusepress, or set finetune.shard: none"
+        )
+
+
 @contextlib.contextmanager
 def spread(student: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> Iterator[nn.Module]:
     """A copy of the student, spread over the ranks; what it has become is the student's when the body ends.
@@ -102,11 +115,7 @@ def spread(student: nn.Module, inputs: Mapping[str, Tensor], device: torch.devic
         UsageError: there is one process only.
         TrainingError: torch cannot spread this model.
     """
-    if world() == 1:
-        raise UsageError(
-            "expected two processes or more for finetune.shard: fsdp2; got one; start with torchrun "
-            "--nproc-per-node=N -m fusepress, or set finetune.shard: none"
-        )
+    check_processes()
     model = copy.deepcopy(student)
     try:
         _shard(model, _called(student, inputs), device)

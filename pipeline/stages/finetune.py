@@ -20,6 +20,25 @@ if TYPE_CHECKING:
     from fusepress.pipeline.recovery.early_stop import EarlyStop
 
 
+def check_training(ctx: Context) -> None:
+    """Check what the training section needs of this machine, before anything is spent.
+
+    Raises:
+        UsageError: a logger's package is missing, or there is one process where weights are to be shared.
+    """
+    config = ctx.recipe.finetune
+    if config is None:
+        return
+    if config.log:
+        from fusepress.pipeline.recovery.loggers import check_loggers
+
+        check_loggers(config.log)
+    if config.shard != "none":
+        from fusepress.pipeline.recovery.sharding import check_processes
+
+        check_processes()
+
+
 def training_key(ctx: Context, config: FinetuneConfig) -> dict[str, Any]:
     """What of a training section shapes the weights: all but the loggers, and the gate where it stops the run."""
     key = config.model_dump(mode="json", exclude={"log"})
