@@ -45,7 +45,7 @@ def _of_stage(stage: StageRecord, points: list[Mapping[str, Any]]) -> list[Panel
     taught = {name.removeprefix(f"{DISTILLED}."): line for name, line in losses.items() if name not in own}
     rate = {"learning rate": [(float(p["step"]), float(p["lr"])) for p in points if "lr" in p]}
     found = [
-        _panel(stage.name, "Losses", own, "Of single training batches."),
+        _panel(stage.name, "Losses", own, "Of each step's training batches alone."),
         _panel(stage.name, "Distillation losses", taught, "Times their weight in the recipe."),
         _panel(stage.name, "Weights of the losses", _series(points, "weights"), "Learned with the model."),
         _panel(stage.name, "Learning rate", rate, "", straight=True),
