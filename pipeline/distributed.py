@@ -414,8 +414,8 @@ def in_turn(
             broadcast_([there], source)
             given = here or [None] * len(like)
             got = [
-                (torch.empty_like(model) if tensor is None else tensor) if flag else None
-                for flag, model, tensor in zip(there.tolist(), like, given, strict=True)
+                (torch.empty_like(pattern) if tensor is None else tensor) if flag else None
+                for flag, pattern, tensor in zip(there.tolist(), like, given, strict=True)
             ]
             broadcast_([tensor for tensor in got if tensor is not None], source)
             yield got
