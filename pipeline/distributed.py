@@ -39,6 +39,7 @@ DEFAULT_TIMEOUT_S = 600.0
 BEAT_S = 0.5
 POLL_S = 0.02
 WATCH_S = 4.0  # a heart that stands still that long, after something else went wrong, belongs to a lost rank
+FAREWELL_S = 15.0  # rank 0 waits that long for the others to end, where they need its store
 LINGER_S = 60.0  # a failed rank waits that long for rank 0 to note it: the launcher stops all as soon as one is gone
 BUCKET = 2**25  # elements that are exchanged at once
 
@@ -48,6 +49,7 @@ class _Session:
     """What a process knows of its peers."""
 
     store: Any  # a torch.distributed.Store
+    server: Any  # the store as it was opened: in rank 0 it may be what serves the others, as long as it is held
     rank: int
     world: int
     timeout_s: float
@@ -185,7 +187,7 @@ def _join(timeout_s: float) -> _Session:
         timeout=timedelta(seconds=timeout_s),
     )
     store = PrefixStore(f"fusepress/{attempt}", shared.clone())
-    return _Session(store=store, rank=number, world=count, timeout_s=timeout_s)
+    return _Session(store=store, server=shared, rank=number, world=count, timeout_s=timeout_s)
 
 
 def _beat(own: _Session) -> None:
@@ -535,9 +537,9 @@ def _leave(own: _Session) -> None:
     with contextlib.suppress(RuntimeError, ValueError):
         dist.destroy_process_group()
     with contextlib.suppress(RuntimeError):
-        if own.rank == 0 and not own.lost:
-            # it may keep the store that the others read
-            _wait([f"bye/{r}" for r in range(1, own.world)], own, WATCH_S)
+        if own.rank == 0 and not own.lost and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # without torchrun it keeps the store in which the others read how it ended
+            _wait([f"bye/{r}" for r in range(1, own.world)], own, FAREWELL_S)
         elif own.rank and failed:
             # rank 0 writes down what happened and tells the user; the launcher would stop it when this process ends
             _wait(["bye/0"], own, LINGER_S)
