@@ -97,7 +97,7 @@ class ScoreConfig(Section):
         method: taylor (squared derivative of a gate), altermoma (arXiv 2409.17728) or another criterion behind the same
             signature; auto tries several and keeps one. The default is what benchmarks/results/pruning/core.md favours.
         alpha: weight of DeCI.
-        beta: weight of ReRI; auto sets it from the measured redundancy of the modalities.
+        beta: weight of ReRI; auto is 0, for subtracting it paid in none of the worlds of docs/altermoma.md.
         batches: training batches that gradients are averaged over (|D| / batch size).
         reactivation_batches: B, optimiser steps with one modality masked.
         reactivation_lr: learning rate of those steps.
