@@ -278,6 +278,16 @@ def test_heat_maps_peak_at_one_in_the_cells_of_centres_and_fall_as_gaussians() -
     assert not heat[0, 1].any()
 
 
+def test_targets_losses_and_decoding_stay_on_the_device_of_their_inputs() -> None:
+    """The meta device stands for an accelerator: mixing it with the CPU fails in the same way."""
+    kind, boxes = (value.to("meta") for value in some_truth())
+    heat, said = torch.zeros(2, 3, 48, 48, device="meta"), torch.zeros(2, 7, 48, 48, device="meta")
+    target = detection.heat_targets(kind, boxes)
+    made = [target, detection.box_targets(boxes), detection.focal_loss(heat, target)]
+    made += [detection.box_loss(said, kind, boxes), *detection.decode(heat, said)]
+    assert {str(value.device) for value in made} == {"meta"}
+
+
 def test_decoding_inverts_the_targets() -> None:
     kind, boxes = some_truth()
     confidence, category, found = detection.decode(*perfect_outputs(kind, boxes))

@@ -70,7 +70,7 @@ def heat_targets(object_class: Tensor, box: Tensor) -> Tensor:
     """
     row, column = _cells(box)
     sigma = (box[..., 4] / (4 * world.CELL)).clamp_min(MIN_SIGMA_CELLS)[..., None]
-    steps = torch.arange(world.BEV_SIZE, dtype=box.dtype)
+    steps = torch.arange(world.BEV_SIZE, dtype=box.dtype, device=box.device)
     ahead = torch.exp(-((steps - row[..., None]) ** 2) / (2 * sigma**2))
     aside = torch.exp(-((steps - column[..., None]) ** 2) / (2 * sigma**2))
     spots = ahead[..., :, None] * aside[..., None, :]
