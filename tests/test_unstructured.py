@@ -102,5 +102,20 @@ def test_the_search_finds_the_best_spread_at_equal_zeros() -> None:
     assert len(found.tried) <= 40
 
 
+@pytest.mark.parametrize("most", [1, 5, 12, 40])
+def test_no_more_spreads_are_judged_than_allowed(most: int) -> None:
+    """Five branches: 11 starts, and 20 moves a round."""
+    counts = dict.fromkeys("abcde", 100)
+    judged: list[Spread] = []
+
+    def damage(spread: Spread) -> float:
+        judged.append(spread)
+        return sum((value - k / 5) ** 2 for k, value in enumerate(spread.values()))
+
+    found = search_spread(0.4, counts, damage, higher=False, most=most)
+    assert len(judged) == len(found.tried) == most
+    assert found.value == min(value for _, value in found.tried)
+
+
 def test_where_nothing_is_better_the_spread_stays_equal() -> None:
     assert search_spread(0.5, COUNTS, lambda _: 1.0).spread == equal_spread(0.5, COUNTS)

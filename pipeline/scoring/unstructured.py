@@ -8,6 +8,7 @@ and all spreads that are compared remove the same number of weights. The search 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -127,6 +128,8 @@ def search_spread(
     def worth(spread: Spread) -> float:
         key = tuple(round(value, 9) for value in spread.values())
         if key not in tried:
+            if len(tried) >= most:
+                return -math.inf
             progress(len(tried) / most, "trying " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in spread.items()))
             tried[key] = (spread, judge(spread))
         return sign * tried[key][1]
