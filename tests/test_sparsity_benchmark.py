@@ -54,21 +54,37 @@ def test_the_first_seed_comes_first_and_the_key_is_of_the_content() -> None:
     cells = planned(["recovery"], [3, 1])
     assert [cell.seed for cell in cells] == sorted((cell.seed for cell in cells), reverse=True)
     cell, protocol = cells[0], Protocol()
-    key = cell.key(protocol, "abc")
-    assert key == replace(cell).key(Protocol(), "abc")
+    key = cell.key(protocol, "abc", "def")
+    assert key == replace(cell).key(Protocol(), "abc", "def")
     others = {
-        replace(cell, seed=7).key(protocol, "abc"),
-        cell.key(replace(protocol, steps=1), "abc"),
-        cell.key(protocol, "abd"),
+        replace(cell, seed=7).key(protocol, "abc", "def"),
+        cell.key(replace(protocol, steps=1), "abc", "def"),
+        cell.key(protocol, "abd", "def"),
+        cell.key(protocol, "abc", "deg"),
     }
     assert key not in others
-    assert len(others) == 3
+    assert len(others) == 4
+
+
+def test_a_changed_recipe_is_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.sparsity import cells, run
+
+    recipe = ROOT / "examples/street/recipe.yaml"
+    bench, cell = run.Bench(tmp_path, cells.Protocol()), cells.Cell()
+    before = bench.path(cell)
+    monkeypatch.setattr(run.Bench, "_checkpoint", staticmethod(lambda _: recipe.with_name("street.safetensors")))
+    assert bench.path(cell) == before
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text() + "# changed\n")
+    monkeypatch.setitem(cells.MODELS, "street", tmp_path / "recipe.yaml")
+    assert bench.path(cell) != before
 
 
 def finished(cell: Cell, after: float, **facts: Any) -> dict[str, Any]:
     metrics = {"miou": after}
     return {
         "cell": asdict(cell),
+        "name": cell.name,
+        "protocol": {"steps": 200},
         "primary": "miou",
         "before": {"miou": after - 0.1},
         "after": metrics,
@@ -91,6 +107,16 @@ def test_the_table_pairs_by_seed_with_the_twin_of_the_same_model() -> None:
     assert "| 3 | 0.6000 | 0.7000 | -0.0200 (-0.0448 to +0.0048) | 50.0 % |" in row
     assert sum("twin" in line for line in lines[2:]) == 2
     assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_protocols_are_not_mixed_and_a_cell_is_there_once() -> None:
+    from benchmarks.sparsity.cells import Cell
+    from benchmarks.sparsity.table import by_protocol, table
+
+    short, long = (finished(Cell(), 0.6), finished(Cell(), 0.7, protocol={"steps": 400}))
+    assert by_protocol([short, long]) == {"steps 200": [short], "steps 400": [long]}
+    with pytest.raises(ValueError, match=r"expected one result of each cell; got two of street-24-magnitude-masked-s0"):
+        table([short, finished(Cell(), 0.5)])
 
 
 def test_differences_are_over_common_seeds_and_have_an_interval_from_three_on() -> None:

@@ -81,9 +81,10 @@ class Cell:
         parts = [self.model, "24" if self.pattern == "2:4" else f"u{100 * self.sparsity:g}-{self.spread}", self.choose]
         return "-".join([*parts, *(["permuted"] if self.permute else []), self.recover, f"s{self.seed}"])
 
-    def key(self, protocol: Protocol, checkpoint_sha256: str) -> str:
+    def key(self, protocol: Protocol, checkpoint_sha256: str, recipe_sha256: str) -> str:
         """Content key: everything that its figures depend on, but for the code."""
-        facts = {"version": VERSION, "cell": asdict(self), "protocol": asdict(protocol), "dense": checkpoint_sha256}
+        facts = {"version": VERSION, "cell": asdict(self), "protocol": asdict(protocol)}
+        facts |= {"dense": checkpoint_sha256, "recipe": recipe_sha256}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def overrides(self, protocol: Protocol, spread: dict[str, float] | None = None) -> list[str]:

@@ -104,7 +104,7 @@ class Bench:
 
     def path(self, cell: Cell) -> Path:
         """Where a finished cell lies."""
-        key = cell.key(self.protocol, sha256_file(self._checkpoint(cell.model)))
+        key = cell.key(self.protocol, sha256_file(self._checkpoint(cell.model)), sha256_file(MODELS[cell.model]))
         return self.store / "cells" / f"{cell.name}-{key}.json"
 
     def seconds(self, cell: Cell) -> float:

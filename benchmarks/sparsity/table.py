@@ -1,7 +1,8 @@
 """Tables of the finished cells: `python -m benchmarks.sparsity.table [--store runs/sparsity]`, as Markdown.
 
 Rows are means over seeds; the difference to the twin (the same model without masks, trained as long) is paired by seed,
-with its 95 % interval (Student's t) from three seeds on.
+with its 95 % interval (Student's t) from three seeds on. Cells of different protocols (steps, rates, ...) are never
+mixed: each protocol has a table of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ def load(store: Path) -> list[dict[str, Any]]:
     return [cell for cell in found if "after" in cell]
 
 
+def by_protocol(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cells that may be compared, by the protocol that they share, in words."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault(", ".join(f"{name} {value}" for name, value in cell["protocol"].items()), []).append(cell)
+    return found
+
+
 def row_of(cell: dict[str, Any]) -> Row:
     """What a cell has in common with those of other seeds."""
     facts = cell["cell"]
@@ -54,10 +63,20 @@ def difference(values: dict[int, float], others: dict[int, float]) -> str:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """All cells as one Markdown table."""
+    """All cells, which share a protocol, as one Markdown table.
+
+    Raises:
+        ValueError: a cell is there twice.
+    """
     by_row: dict[Row, dict[int, dict[str, Any]]] = {}
     for cell in cells:
-        by_row.setdefault(row_of(cell), {})[cell["cell"]["seed"]] = cell
+        seeds = by_row.setdefault(row_of(cell), {})
+        if cell["cell"]["seed"] in seeds:
+            raise ValueError(
+                f"expected one result of each cell; got two of {cell['name']} (the recipe or the checkpoint changed "
+                "between them); remove the older one from the store's cells"
+            )
+        seeds[cell["cell"]["seed"]] = cell
     twins = {row[0]: _after(found) for row, found in by_row.items() if row[-1] == "twin"}
     lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- " + "| ---: " * (len(HEADINGS) - 5) + "|"]
     for row, found in sorted(by_row.items()):
@@ -87,7 +106,8 @@ def _mean(values: Sequence[float]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=STORE)
-    print(table(load(parser.parse_args(words).store)))
+    for protocol, cells in by_protocol(load(parser.parse_args(words).store)).items():
+        print(f"{protocol}\n\n{table(cells)}\n")
     return 0
 
 
