@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.recipe import FinetuneConfig
+from fusepress.pipeline.recovery.objective import Objective
+from fusepress.pipeline.recovery.precision import Amp
 from fusepress.pipeline.recovery.weighting import (
     Fixed,
     GradNorm,
@@ -193,6 +195,45 @@ def test_ranks_learn_from_the_mean_of_all_of_them() -> None:
     rank.total(mine, 0.5)
     rank.update(lambda value: value + 0.5 * next(other))
     assert rank.weights == pytest.approx(both.weights)
+
+
+def test_small_gradients_do_not_vanish_in_float16() -> None:
+    """A loss over many outputs has gradients below the smallest float16 of each of them."""
+    torch.manual_seed(0)
+    x, shared = torch.randn(64, 32), nn.Linear(32, 32)
+    heads = {"many": nn.Linear(32, 4096), "one": nn.Linear(32, 1)}
+
+    def weights(half: bool, scale: float) -> dict[str, float]:
+        weighting = GradNorm([shared.get_parameter("weight")], alpha=0.0, every=1, where=WHERE)
+        for _ in range(5):
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                outputs = {name: head(torch.relu(shared(x))) for name, head in heads.items()}
+            losses = {name: 1e-3 * value.float().square().mean() for name, value in outputs.items()}
+            weighting.total(losses, 1.0, scale)
+            weighting.update()
+        return weighting.weights
+
+    exact = weights(half=False, scale=1.0)
+    assert weights(half=False, scale=2.0**16) == pytest.approx(exact)
+    assert weights(half=True, scale=2.0**16) == pytest.approx(exact, rel=1e-3)
+    assert abs(weights(half=True, scale=1.0)["many"] - exact["many"]) > 0.02  # what the scale is for
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 2.0**16)])
+def test_training_measures_in_the_scale_of_its_own_backward_pass(
+    task: LoadedTask, monkeypatch: pytest.MonkeyPatch, kind: Any, scale: float
+) -> None:
+    objective = Objective(student_of(task), None, task, FinetuneConfig(), 0, Amp(kind, torch.device("cpu")))
+    seen: list[tuple[float, ...]] = []
+    total = objective.weighting.total
+
+    def noted(losses: dict[str, Tensor], *more: float) -> Tensor:
+        seen.append(more)
+        return total(losses, *more)
+
+    monkeypatch.setattr(objective.weighting, "total", noted)
+    objective.total({"class": torch.ones((), requires_grad=True)}, "step 1", 0.5)
+    assert seen == [(0.5, scale)]
 
 
 def test_an_overflow_is_no_step_of_the_weights() -> None:

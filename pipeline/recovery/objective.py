@@ -106,7 +106,7 @@ class Objective:
                     f"expected finite losses; got {name} = {float(loss.detach())} at {where}; lower finetune.lr, or "
                     "check these samples' inputs and labels"
                 )
-        total = self.weighting.total(losses, share)
+        total = self.weighting.total(losses, share, self.amp.scale)
         if not total.requires_grad:
             raise TaskError(
                 f"expected losses that depend on trainable parameters; got none at {self.task.name}.losses; compute "

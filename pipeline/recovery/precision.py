@@ -46,6 +46,11 @@ class Amp:
         """Add the gradients of a loss, in the present scale: `unscale` brings the sum of all to true scale."""
         self._scaler.scale(total).backward()
 
+    @property
+    def scale(self) -> float:
+        """What `backward` multiplies a loss by, so that small gradients do not vanish in float16; else 1."""
+        return float(self._scaler.get_scale())
+
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients in true scale; once a step, after its last `backward`."""
         self._scaler.unscale_(optimizer)

@@ -42,12 +42,13 @@ class Weighting(Protocol):
     def weights(self) -> dict[str, float]:
         """The weights that are learned, by loss; none where they are fixed."""
 
-    def total(self, losses: Mapping[str, Tensor], share: float = 1.0) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], share: float = 1.0, scale: float = 1.0) -> Tensor:
         """The weighted sum of one batch's scalar losses; called once a batch, before its backward pass.
 
         Args:
             losses: by name.
             share: of the batch in the optimiser step, over all ranks; the sum is not multiplied by it.
+            scale: of losses in float16 backward passes; the sum is not multiplied by it either.
         """
 
     def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
@@ -76,7 +77,7 @@ class Fixed:
         """None: they are in the recipe."""
         return {}
 
-    def total(self, losses: Mapping[str, Tensor], share: float = 1.0) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], share: float = 1.0, scale: float = 1.0) -> Tensor:
         """The sum of the losses, each times its factor.
 
         Raises:
@@ -183,7 +184,7 @@ class Uncertainty(_Learned):
         """exp(-s) by loss."""
         return {name: float(torch.exp(-number.detach())) for name, number in self._numbers.items()}
 
-    def total(self, losses: Mapping[str, Tensor], share: float = 1.0) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], share: float = 1.0, scale: float = 1.0) -> Tensor:
         """The weighted sum, without the s themselves, on which no parameter of the model depends."""
         mine = self._balanced(losses)
         self._record(mine, share)
@@ -219,20 +220,23 @@ class GradNorm(_Learned):
         """The weights w by loss."""
         return {name: float(number.detach()) for name, number in self._numbers.items()}
 
-    def total(self, losses: Mapping[str, Tensor], share: float = 1.0) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], share: float = 1.0, scale: float = 1.0) -> Tensor:
         """The weighted sum; where a measurement is due, each loss's gradient at the shared parameters is added up."""
         mine = self._balanced(losses)
         if self._step % self._every == 0:
             self._record(mine, share)
             for name, loss in mine.items():
-                slope = share * self._slope(name, loss)
+                slope = share * self._slope(name, loss, scale)
                 self._slopes[name] = self._slopes[name] + slope if name in self._slopes else slope
         weights = self.weights
         return _sum({name: weights[name] * loss if name in mine else loss for name, loss in losses.items()})
 
-    def _slope(self, name: str, loss: Tensor) -> Tensor:
+    def _slope(self, name: str, loss: Tensor, scale: float) -> Tensor:
+        """Gradient at the shared parameters; of the scaled loss, because a small one would vanish in float16."""
         parts = (
-            torch.autograd.grad(loss, self._shared, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+            torch.autograd.grad(scale * loss, self._shared, retain_graph=True, allow_unused=True)
+            if loss.requires_grad
+            else ()
         )
         given = [part.double().flatten() for part in parts if part is not None]
         if not given:
@@ -244,7 +248,7 @@ class GradNorm(_Learned):
             p.new_zeros(p.numel(), dtype=torch.float64) if g is None else g.double().flatten()
             for p, g in zip(self._shared, parts, strict=True)
         ]
-        return torch.cat(wide)
+        return torch.cat(wide) / scale
 
     def update(self, over_ranks: Reduce = sum_over_ranks) -> None:
         """Where a measurement was due: one step of every weight, and their scaling to their number."""
