@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.distributed import rank
-from fusepress.pipeline.errors import UsageError
+from fusepress.pipeline.errors import TrainingError, UsageError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.checkpoint import tensors_sha256
 from fusepress.pipeline.recovery.contract import TrainProgress
+from fusepress.pipeline.recovery.distributed import sum_losses
 from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.finetune import finetune
 from fusepress.pipeline.task import LoadedTask, load_task
@@ -66,7 +68,39 @@ def together(folder: str, sections: list[dict[str, Any]]) -> dict[str, Any]:
     """All that the ranks do in one start, for a start takes seconds."""
     runs = [frozen(f"{folder}/{number}", **section) for number, section in enumerate(sections)]
     sharded = [sharded_run(f"{folder}/fsdp{masked}", masked=masked) for masked in (False, True)]
-    return {"runs": runs, "statistics": first_statistics(f"{folder}/statistics"), "sharded": sharded}
+    return {
+        "runs": runs,
+        "statistics": first_statistics(f"{folder}/statistics"),
+        "sharded": sharded,
+        "tied": tied(f"{folder}/tied"),
+        "apart": apart(f"{folder}/apart"),
+        "sums": sum_losses({"class": 1.0, "size": 2.0} if rank() == 0 else {"boxes": 8.0, "class": 4.0}),
+    }
+
+
+def apart(folder: str) -> dict[str, Any]:
+    """Train a student whose weights and statistics are another's on rank 1, by rounding before training, say."""
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    student, teacher = quiet_models(task)
+    if rank() == 1:
+        with torch.no_grad():
+            student.get_parameter("head.weight").add_(0.01)
+            student.get_buffer("camera.1.running_mean").add_(0.1)
+    finetune(student, teacher, task, FinetuneConfig.model_validate(FROZEN), seed=3, workdir=Path(folder))
+    return {name: value.tolist() for name, value in toy(task).everything(student).items()}
+
+
+def tied(folder: str) -> str:
+    """Why a model two of whose blocks share a parameter is not spread."""
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    student, _ = quiet_models(task)
+    student.get_submodule("lidar.1").weight = student.get_parameter("camera.1.weight")
+    config = FinetuneConfig.model_validate({**FROZEN, "distill": False, "shard": "fsdp2"})
+    try:
+        finetune(student, None, task, config, seed=3, workdir=Path(folder))
+    except TrainingError as error:
+        return str(error)
+    return ""
 
 
 class Killed(Exception):
@@ -202,6 +236,25 @@ def test_two_processes_train_as_one_that_accumulates_their_shards(
     half = frozen(str(tmp_path / "half"), **section)
     with pytest.raises(AssertionError):
         close(half["weights"], one["weights"])
+
+
+def test_all_processes_start_from_the_model_of_rank_0(both: list[dict[str, Any]]) -> None:
+    assert both[0]["apart"] == both[1]["apart"]
+    assert both[0]["apart"] == both[0]["runs"][SECTIONS.index({})]["weights"]
+
+
+def test_losses_that_a_rank_lacks_count_as_nothing_there(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["sums"] == {"class": 5.0, "size": 2.0, "boxes": 8.0}
+
+
+def test_a_parameter_of_two_blocks_is_refused_before_the_first_step(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert re.search(
+            r"expected a model that torch's fully_shard takes; got ValueError: 1\.weight of a Sequential is a "
+            r"parameter of another block, too; set finetune\.shard: none",
+            found["tied"],
+        )
 
 
 def test_statistics_of_batch_norms_are_the_mean_of_the_processes(both: list[dict[str, Any]]) -> None:

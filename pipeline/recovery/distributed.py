@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusepress.pipeline.distributed import all_reduce_, broadcast_, rank, world
+from fusepress.pipeline.distributed import all_reduce_, broadcast_, gather_objects, rank
 from fusepress.pipeline.recovery import rng
 
 
@@ -28,16 +27,16 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def sum_losses(losses: Mapping[str, float]) -> dict[str, float]:
-    """Named numbers added up over the ranks; all ranks have the same names.
+    """Named numbers added up over the ranks; a rank may lack some, as a batch may lack labels.
 
     Raises:
         RankError: a rank failed or was lost.
     """
-    if world() == 1:
-        return dict(losses)
-    sums = sum_over_ranks(torch.tensor([losses[name] for name in sorted(losses)], dtype=torch.float64))
-    found = dict(zip(sorted(losses), sums.tolist(), strict=True))
-    return {name: found[name] for name in losses}
+    found: dict[str, float] = {}
+    for part in gather_objects(dict(losses)):
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def average_norms_(norms: Sequence[_BatchNorm]) -> None:

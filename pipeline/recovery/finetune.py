@@ -67,9 +67,10 @@ def finetune(
     AdamW (no decay on norms and biases), linear warm-up and cosine to zero, gradient clipping, and an exponential
     average of the weights that becomes the result (buffers, such as batch norm statistics, are the last ones).
 
-    Processes that share a run call it together: each adds its own batches to every step, and all end with the same
-    model. With frozen batch norms that is the step of one process that accumulates all of them. Rank 0 alone writes,
-    reports and decides which checkpoint all go on from. The task's own `fit` is run by rank 0 alone.
+    Processes that share a run call it together: all start from the model of rank 0, each adds its own batches to every
+    step, and all end with the same model. With frozen batch norms that is the step of one process that accumulates all
+    of them. Rank 0 alone writes, reports and decides which checkpoint all go on from. The task's own `fit` is run by
+    rank 0 alone.
 
     Args:
         student: trained in place; on return in evaluation mode and on the device it was on.
@@ -100,6 +101,7 @@ def finetune(
     if config.steps == 0:
         student.eval()
         return FinetuneResult(final_losses={}, history=[], steps=0, resumed_from=None)
+    broadcast_model_(student)  # processors of other kinds round in other ways before training, too
     home = next(iter(student.parameters())).device
     device = device or torch.device("cuda" if torch.cuda.is_available() else home)
     with contextlib.ExitStack() as stack:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,7 +136,9 @@ def _shard(model: nn.Module, called: set[str], device: torch.device) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(device.type, (world(),))
-    for block in _blocks(model, called):
+    blocks = list(_blocks(model, called))
+    _check_apart(blocks)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
@@ -154,6 +156,15 @@ def _blocks(model: nn.Module, called: set[str], path: str = "") -> Iterator[nn.M
             yield child
         else:
             yield from _blocks(child, called, f"{path}{name}.")
+
+
+def _check_apart(blocks: Sequence[nn.Module]) -> None:
+    """Raise ValueError where two blocks share a parameter: torch would say so only in the first forward pass."""
+    owner: dict[nn.Parameter, nn.Module] = {}
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            if owner.setdefault(parameter, block) is not block:
+                raise ValueError(f"{name} of a {type(block).__name__} is a parameter of another block, too")
 
 
 def _called(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
