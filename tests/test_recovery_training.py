@@ -308,6 +308,7 @@ def test_training_stops_at_the_first_look_that_is_safely_within_the_gate(
     (look,) = result.looks
     assert (result.steps, look.step, look.met) == (4, 4, True)
     assert look.high is not None
+    assert look.drop is not None
     assert look.drop <= look.high <= 0.9
     assert [now.look for now in seen] == [None, None, None, look]
     assert seen[-1].eta_s == 0
@@ -363,6 +364,22 @@ def test_the_evaluation_split_is_never_looked_at(
     monkeypatch.setattr(type(task.user), "batches", watched)
     train(task, tmp_path, changed(**STOPPING), stop=EarlyStop(task, dense, max_drop=0.0))
     assert read == {"train", "calib"}
+
+
+def test_a_metric_that_is_undefined_stops_neither_the_training_nor_its_checkpoints(
+    task: LoadedTask, tmp_path: Path, dense: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    stop = EarlyStop(task, dense, max_drop=0.9)
+    monkeypatch.setattr(type(task.user), "score", lambda _self, _stats: {"accuracy": float("nan")})
+    config = changed(**STOPPING, log=["tensorboard"])
+    result, weights = train(task, tmp_path, config, stop=stop)
+    assert [(look.step, look.value, look.drop, look.met) for look in result.looks] == [
+        (step, None, None, False) for step in (4, 8, 12)
+    ]
+    again, unchanged = train(task, tmp_path, config, stop=stop)
+    assert (again.resumed_from, again.looks) == (12, result.looks)
+    assert same(weights, unchanged)
 
 
 def test_an_early_stop_needs_a_metric_of_the_task_and_a_gate(task: LoadedTask, dense: Evaluation) -> None:

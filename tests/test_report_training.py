@@ -57,6 +57,15 @@ def test_losses_distillation_weights_rate_and_looks_each_have_a_drawing() -> Non
     assert [len(line) for line in points_of(own)] == [10, 10]
 
 
+def test_looks_at_an_undefined_metric_leave_a_gap_or_no_drawing() -> None:
+    blind = {"step": 15, "value": None, "drop": None, "high": None, "met": False}
+    ((_, panels),) = training.panels(record_with(history=HISTORY, looks=[*LOOKS, blind]))
+    assert "95 % bound from 0.08 to 0.04" in str(panels[-1].drawing)
+    assert [len(line) for line in points_of(str(panels[-1].drawing))] == [2, 2]
+    ((_, panels),) = training.panels(record_with(history=HISTORY, looks=[LOOKS[0], blind]))
+    assert panels[-1].heading == "Learning rate"
+
+
 def test_a_loss_that_falls_by_orders_is_drawn_on_a_logarithmic_axis() -> None:
     ((_, panels),) = training.panels(record_with(history=HISTORY))
     assert "Logarithmic axis." in panels[1].remark

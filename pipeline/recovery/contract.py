@@ -31,15 +31,16 @@ class Look:
 
     Attributes:
         step: optimiser steps done.
-        value: the metric.
-        drop: how much worse than the dense model's; negative where it is better.
+        value: the metric, or None where it is undefined (NaN).
+        drop: how much worse than the dense model's, negative where it is better; None where either is
+            undefined.
         high: upper bound of the drop (95 % interval), or None where it has none.
         met: the bound is within the gate's limit.
     """
 
     step: int
-    value: float
-    drop: float
+    value: float | None
+    drop: float | None
     high: float | None
     met: bool
 

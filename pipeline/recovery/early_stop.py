@@ -8,6 +8,7 @@ time, and later stages lose accuracy of their own; the gate has the last word.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -61,4 +62,9 @@ class EarlyStop:
         drop, found = drop_interval(replicates, self.metric, self.task.metrics[self.metric])
         high = None if found is None else found.high
         met = high is not None and high <= self.max_drop
-        return Look(step=step, value=now.metrics[self.metric], drop=drop, high=high, met=met)
+        return Look(step=step, value=_defined(now.metrics[self.metric]), drop=_defined(drop), high=high, met=met)
+
+
+def _defined(value: float) -> float | None:
+    """None for what is not finite, for looks are kept as JSON."""
+    return value if math.isfinite(value) else None

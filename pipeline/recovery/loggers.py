@@ -63,7 +63,8 @@ def logging_to(names: Sequence[LoggerName], workdir: Path) -> Iterator[Callable[
                     loggers.append(logger)
             scalars = {f"loss/{name}": value for name, value in now.losses.items()} | {"lr": now.lr}
             if now.look is not None:
-                scalars |= {"calib/metric": now.look.value, "calib/drop": now.look.drop}
+                looked = {"calib/metric": now.look.value, "calib/drop": now.look.drop}
+                scalars |= {name: value for name, value in looked.items() if value is not None}
             for logger in loggers:
                 logger.write(now.step, scalars)
 

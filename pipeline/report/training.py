@@ -1,7 +1,7 @@
 """Loss curves of the stages that train, from the `history` (and the `looks`) in their details.
 
 `history` is a list of points {"step", "lr", "losses": {name: value}, "weights": {name: value}}, the last optional;
-`looks` of {"step", "drop", "high"}: what the early stop saw on the calib split.
+`looks` of {"step", "drop", "high"}: what the early stop saw on the calib split, null where it was undefined.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _looks(stage: StageRecord) -> Panel | None:
     if not isinstance(looks, list) or len(looks) < 2:
         return None
     lines = {
-        "drop": [(float(look["step"]), float(look["drop"])) for look in looks],
+        "drop": [(float(look["step"]), float(look["drop"])) for look in looks if look.get("drop") is not None],
         "95 % bound": [(float(look["step"]), float(look["high"])) for look in looks if look.get("high") is not None],
     }
+    if len(lines["drop"]) < 2:
+        return None
     told = {name: line for name, line in lines.items() if line}
     return _panel(stage.name, "Drop on the calib split", told, "What the early stop looked at.", straight=True)
