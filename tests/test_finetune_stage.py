@@ -85,11 +85,18 @@ def test_loggers_are_not_in_the_key_and_the_gate_is_where_it_stops_the_run(proje
     assert key(blind, "gates.accuracy.max_drop=0.8") == key(blind) != key()
 
 
-def test_the_files_of_a_logger_end_up_beside_the_weights(project: Path, tmp_path: Path) -> None:
+def test_the_files_of_a_logger_end_up_beside_the_weights(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
-    details(project, tmp_path, "finetune.log=[tensorboard]", "finetune.steps=4", "finetune.accumulate=2")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetuned.safetensors", "tensorboard"]
-    assert any(path.name.startswith("events.") for path in (tmp_path / "out" / "tensorboard").iterdir())
+    section = ("finetune.log=[tensorboard]", "finetune.steps=4", "finetune.accumulate=2")
+    details(project, tmp_path / "main", *section)
+    written = tmp_path / "main" / "out"
+    assert sorted(path.name for path in written.iterdir()) == ["finetuned.safetensors", "tensorboard"]
+    assert any(path.name.startswith("events.") for path in (written / "tensorboard").iterdir())
+    monkeypatch.setattr("fusepress.pipeline.stages.finetune.is_main", lambda: False)
+    details(project, tmp_path / "other", *section)
+    assert not (tmp_path / "other" / "out" / "tensorboard").exists(), "rank 0 may still be writing them"
 
 
 def test_what_the_training_needs_is_checked_before_anything_is_spent(
@@ -112,3 +119,5 @@ def test_an_early_stop_that_never_came_is_told_with_its_last_look() -> None:
     )
     unbounded = Look(step=40, value=0.6, drop=0.02, high=None, met=False)
     assert "0.02, has no bound;" in early_stop_words(unbounded, 50, 0.03)
+    undefined = Look(step=40, value=None, drop=None, high=None, met=False)
+    assert "the drop on the calib split, undefined, has no bound;" in early_stop_words(undefined, 50, 0.03)

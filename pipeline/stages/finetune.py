@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.distributed import is_main
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig
@@ -88,7 +89,7 @@ def train(
         plan=PrunePlan.read(ctx.artifacts["plan"]) if "plan" in ctx.artifacts else None,
     )
     for name in config.log:
-        if out is not None and log_folder(work, name).is_dir():
+        if out is not None and is_main() and log_folder(work, name).is_dir():  # rank 0 may still write them
             shutil.copytree(log_folder(work, name), out / name)
     return _details(ctx, config, result)
 
@@ -119,7 +120,8 @@ def _details(ctx: Context, config: FinetuneConfig, result: FinetuneResult) -> di
 def early_stop_words(last: Look, steps: int, limit: float) -> str:
     """How the last look at the calib split went, for the report."""
     bound = "has no bound" if last.high is None else f"is at most {last.high:.4g} (95 %)"
-    found = f"the drop on the calib split, {last.drop:.4g}, {bound}; the gate allows {limit:.4g}"
+    drop = "undefined" if last.drop is None else f"{last.drop:.4g}"
+    found = f"the drop on the calib split, {drop}, {bound}; the gate allows {limit:.4g}"
     return f"stopped after step {last.step} of {steps}: {found}" if last.met else f"did not stop the run: {found}"
 
 
