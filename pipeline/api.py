@@ -134,16 +134,9 @@ def _check_ranks(ctx: Context, folder: Path) -> None:
         UsageError: with the rank and what differs.
         TaskError: the task's `batches` ignores `rank` and `world`.
     """
-    from fusepress.pipeline.stages.base import tool_versions
     from fusepress.pipeline.task import check_shards
 
-    facts = {
-        "recipe": ctx.loaded.sha256(),
-        "task": ctx.task.source.sha256(),
-        "checkpoint": ctx.checkpoint_sha256,
-        "fusepress": fusepress.__version__,
-        **tool_versions(*ENVIRONMENT_TOOLS),
-    }
+    facts = common_facts(ctx)
     for rank, other in enumerate(distributed.gather_objects(facts)):
         differing = [name for name, value in other.items() if facts[name] != value]
         if differing:
@@ -162,6 +155,21 @@ def _check_ranks(ctx: Context, folder: Path) -> None:
     if not ctx.from_onnx:
         check_shards(ctx.task, distributed.rank(), distributed.world())
     distributed.barrier()  # so that rank 0 does not begin where another one has refused
+
+
+def common_facts(ctx: Context) -> dict[str, str]:
+    """What must be the same for all processes that share a run, by name: hashes and versions."""
+    from fusepress.pipeline.stages.base import tool_versions
+
+    return {
+        "recipe": ctx.loaded.sha256(),
+        "task": ctx.task.source.sha256(),
+        "checkpoint": ctx.checkpoint_sha256,
+        "target profile": hashlib.sha256(ctx.profile.model_dump_json(by_alias=True).encode()).hexdigest(),
+        **ctx.shas,  # so far the experts' weights
+        "fusepress": fusepress.__version__,
+        **tool_versions(*ENVIRONMENT_TOOLS),
+    }
 
 
 def _write_token(folder: Path) -> str:

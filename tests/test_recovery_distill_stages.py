@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fusepress.pipeline.api import make_context
+from fusepress.pipeline.api import common_facts, make_context
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import CheckpointError, RecipeError, TaskError
 from fusepress.pipeline.graph.apply import apply_plan
@@ -84,6 +84,14 @@ def test_the_finetune_stage_teaches_by_expert_and_by_the_channels_that_the_plan_
     torch.testing.assert_close(expert(**batch.inputs)["size"], expected + bias)
     assert not expert.training
     assert expert_models(ctx, FinetuneConfig(distill=False)) == {}
+
+
+def test_processes_that_share_a_run_must_have_the_same_experts_and_target(project: Path) -> None:
+    facts = common_facts(context(project))
+    assert common_facts(context(project)) == facts
+    save_file({"size.weight": torch.ones(1, 4), "size.bias": torch.ones(1)}, project / "metre.safetensors")
+    other = common_facts(context(project, "target=jetson-agx-orin-32gb"))
+    assert {name for name in facts if facts[name] != other[name]} == {"recipe", "target profile", "teacher.metre"}
 
 
 @pytest.mark.parametrize("stage", [Finetune(), Sparsify()], ids=["finetune", "sparsify"])
