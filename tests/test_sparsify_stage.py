@@ -17,7 +17,7 @@ from torch import nn
 import fusepress
 from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.console import Reporter
-from fusepress.pipeline.errors import ExportError, RecipeError
+from fusepress.pipeline.errors import ExportError, RecipeError, StageError
 from fusepress.pipeline.evidence import RunRecord
 from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.graph.masks import (
@@ -220,6 +220,15 @@ def test_modalities_that_are_not_named_stay_dense(pruned: Context) -> None:
     facts = sparsity_facts(rows, found, section(ctx))
     assert facts["density"]["lidar"] == facts["density"]["fusion"] == 1.0
     assert 0.5 < facts["density"]["camera"] < 0.6  # but for the first layer
+
+
+def test_a_model_without_a_weight_that_can_be_masked_is_refused(pruned: Context) -> None:
+    ctx, _, _ = mask(pruned)
+    narrow = nn.ModuleDict({"camera": nn.Conv2d(3, 8, 1), "lidar": nn.Conv2d(2, 8, 1)})
+    with pytest.raises(
+        StageError, match=r"expected weights to mask in the pattern 2:4; got none \(2 input .*\) at ModuleDict; mask"
+    ):
+        mask_model(ctx, narrow)
 
 
 @pytest.mark.parametrize("choose", ["magnitude", "sparsegpt"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.errors import StageError
 from fusepress.pipeline.graph.plan import FUSION
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context
@@ -55,7 +56,7 @@ def mask_model(ctx: Context, model: nn.Module) -> Masked:
     """Choose masks as the recipe says and apply them, in place; with SparseGPT the kept weights change, too.
 
     Raises:
-        StageError: scores or the inputs of a layer are not finite.
+        StageError: scores or the inputs of a layer are not finite, or there is nothing to mask.
         TraceError: channels are to be permuted and their groups cannot be found.
     """
     from fusepress.pipeline.graph.masks import MaskHolder
@@ -64,6 +65,12 @@ def mask_model(ctx: Context, model: nn.Module) -> Masked:
     config = _config(ctx)
     branch_of = branch_of_parameters(model, ctx.task.branches)
     found = _two_four(ctx, model, branch_of) if config.pattern == "2:4" else _unstructured(ctx, model, branch_of)
+    if not found.masks:
+        reasons = "; ".join(sorted({skip.reason for skip in found.skipped})[:3]) or "it has no weights"
+        raise StageError(
+            f"expected weights to mask in the pattern {config.pattern}; got none ({reasons}) at "
+            f"{type(model).__name__}; mask other modalities, set prune.align to 8, or remove the sparsify section"
+        )
     MaskHolder(found.masks).apply(model)
     return found
 
