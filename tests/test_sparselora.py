@@ -290,3 +290,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(task: LoadedTask, tmp_pa
     assert weights_bytes(straight) == weights_bytes(resumed)
     other, _ = trained(task, tmp_path / "b", seed=1)  # other start values: not the same run
     assert weights_bytes(other) != weights_bytes(straight)
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 12.0}, {"mask_sum": False}], ids=["scale", "plain"])
+def test_a_checkpoint_of_other_updates_is_not_taken_up(
+    task: LoadedTask, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    trained(task, tmp_path / "a")
+    after_another, _ = trained(task, tmp_path / "a", **changed)
+    fresh, _ = trained(task, tmp_path / "b", **changed)
+    assert weights_bytes(after_another) == weights_bytes(fresh)

@@ -98,6 +98,8 @@ class MaskedLowRank(nn.Module):
         self.register_buffer("mask", kept)
         self.kappa = alpha / rank
         self.mask_sum = mask_sum
+        # Training identifies its checkpoints by the tensors that it starts from: those of another scale are not taken.
+        self.register_buffer("settings", torch.tensor([self.kappa, float(mask_sum)], device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the layer computes with."""
