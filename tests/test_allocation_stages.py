@@ -18,6 +18,7 @@ from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.allocation import without_tables
 from fusepress.pipeline.stages.baseline import Baseline
 from fusepress.pipeline.stages.prune import Prune
+from fusepress.pipeline.stages.score import Score
 from fusepress.pipeline.store import Store, content_key
 
 RECIPE: dict[str, Any] = {
@@ -119,6 +120,17 @@ def test_blocks_are_looked_for_where_the_recipe_asks(project: Path) -> None:
 
     assert key("prune.blocks=true") != key()
     assert key("prune.allocation=distortion") == key()
+
+
+def test_trials_depend_on_how_they_train_and_not_on_who_logs_it(project: Path) -> None:
+    def key(*overrides: str) -> str:
+        auto = ("score.method=auto", "score.candidates=[random, magnitude]", *overrides)
+        return content_key(
+            Score().key_parts(make_context(load_recipe(project / "recipe.yaml", auto), Reporter(quiet=True)))
+        )
+
+    assert key("finetune.lr=0.002") != key("finetune.lr=0.001")
+    assert key("finetune.lr=0.001", "finetune.log=[tensorboard]") == key("finetune.lr=0.001")
 
 
 def test_a_first_look_measures_no_distortion_table() -> None:

@@ -41,8 +41,11 @@ def check_training(ctx: Context) -> None:
 
 
 def training_key(ctx: Context, config: FinetuneConfig) -> dict[str, Any]:
-    """What of a training section shapes the weights: all but the loggers, and the gate where it stops the run."""
-    key = config.model_dump(mode="json", exclude={"log"})
+    """What of a training section shapes the weights: all but the loggers, and the gate where it stops the run.
+
+    Where the experts' files lie does not count: their content is among the stage's inputs.
+    """
+    key = {**config.model_dump(mode="json", exclude={"log"}), "teachers": dict.fromkeys(config.teachers, "")}
     gate = ctx.recipe.gates.accuracy
     return {**key, "gate": gate.model_dump(mode="json")} if config.early_stop and gate is not None else key
 

@@ -80,6 +80,6 @@ def _trial_config(ctx: Context) -> dict[str, Any]:
     return {
         "prune": ctx.recipe.prune.model_dump(mode="json"),
         "align": alignment(ctx),
-        "finetune": finetune.model_dump(mode="json") if finetune is not None else None,
+        "finetune": {**finetune.model_dump(mode="json"), "log": []} if finetune is not None else None,
         "target": target_of(ctx),
     }
