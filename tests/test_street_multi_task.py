@@ -305,12 +305,37 @@ def test_fitting_lowers_the_loss_and_is_repeatable(tmp_path: Path, training: Any
     assert np.mean(seen[6:8]) < 0.8 * np.mean(seen[:2])
 
 
-def test_students_are_compared_with_the_experts_in_parallel() -> None:
-    training = importlib.util.spec_from_file_location("train_multi", STREET / "train_multi.py")
-    assert training is not None
-    assert training.loader is not None
-    module = importlib.util.module_from_spec(training)
-    training.loader.exec_module(module)
+@pytest.fixture(scope="module")
+def trainer() -> Any:
+    """The example's command."""
+    load("StreetMultiTask")  # imports its sibling modules
+    found = importlib.util.spec_from_file_location("train_multi", STREET / "train_multi.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("steps", "told"), [("2000", False), ("3000", True)])
+def test_a_result_of_another_command_is_kept_but_said_so(
+    tmp_path: Path, trainer: Any, caplog: pytest.LogCaptureFixture, steps: str, told: bool
+) -> None:
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    command = (
+        "python examples/street/train_multi.py depth --steps 2000 --seed 0 --lr 0.002 --distill-weight 1 --threads 1 "
+        "--precision bf16"
+    )
+    (folder / "depth.json").write_text(json.dumps({"command": command}))
+    trainer.main(["depth", "--steps", steps, "--out", str(tmp_path)])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [f"but from another command: {command}" in text for text in warned] == [True] * told
+    assert [path.name for path in folder.iterdir()] == ["depth.json"]
+
+
+def test_students_are_compared_with_the_experts_in_parallel(trainer: Any) -> None:
+    module = trainer
     metric = {"segmentation": "miou", "detection": "nds", "depth": "depth_object_delta1", "waypoints": "waypoint_ade_m"}
     values = dict(zip(TASKS, (0.8, 0.6, 0.9, 0.3), strict=True))
     records: dict[str, Any] = {

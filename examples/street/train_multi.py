@@ -77,7 +77,10 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
     """One run: train, judge, write; nothing where its result is there already."""
     record_path = folder / f"{name}.json"
     if record_path.is_file():
+        made = json.loads(record_path.read_text())["command"]
         LOG.info("%s is there already", name)
+        if made != _command(name, options):
+            LOG.warning("but from another command: %s; to make it again, remove %s", made, record_path)
         return
     began, task = time.monotonic(), task_of(name)
     torch.manual_seed(options.seed)
