@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusepress.pipeline.distributed import rank
-from fusepress.pipeline.errors import TrainingError, UsageError
+from fusepress.pipeline.errors import TaskError, TrainingError, UsageError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
@@ -73,6 +73,7 @@ def together(folder: str, sections: list[dict[str, Any]]) -> dict[str, Any]:
         "statistics": first_statistics(f"{folder}/statistics"),
         "sharded": sharded,
         "tied": tied(f"{folder}/tied"),
+        "lacking": lacking(f"{folder}/lacking"),
         "apart": apart(f"{folder}/apart"),
         "sums": sum_losses({"class": 1.0, "size": 2.0} if rank() == 0 else {"boxes": 8.0, "class": 4.0}),
     }
@@ -88,6 +89,21 @@ def apart(folder: str) -> dict[str, Any]:
             student.get_buffer("camera.1.running_mean").add_(0.1)
     finetune(student, teacher, task, FinetuneConfig.model_validate(FROZEN), seed=3, workdir=Path(folder))
     return {name: value.tolist() for name, value in toy(task).everything(student).items()}
+
+
+def lacking(folder: str) -> str:
+    """Why losses that rank 1 lacks cannot be balanced."""
+    task = load_task("recovery_toy.py:Uneven", base=TESTS)
+    student, _ = quiet_models(task)
+    losses = type(task.user).losses
+    kept = ("class", "size")[: 2 - rank()]
+    task.user.losses = lambda *given: {name: losses(task.user, *given)[name] for name in kept}
+    config = FinetuneConfig.model_validate({**FROZEN, "distill": False, "loss_weights": "uncertainty"})
+    try:
+        finetune(student, None, task, config, seed=3, workdir=Path(folder))
+    except TaskError as error:
+        return str(error)
+    return ""
 
 
 def tied(folder: str) -> str:
@@ -246,6 +262,13 @@ def test_all_processes_start_from_the_model_of_rank_0(both: list[dict[str, Any]]
 def test_losses_that_a_rank_lacks_count_as_nothing_there(both: list[dict[str, Any]]) -> None:
     for found in both:
         assert found["sums"] == {"class": 5.0, "size": 2.0, "boxes": 8.0}
+
+
+def test_losses_that_a_rank_lacks_cannot_be_balanced(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["lacking"].startswith(
+            "expected the same losses in every batch, ['class', 'size'], to balance them; got ['class'] at Uneven"
+        )
 
 
 def test_a_parameter_of_two_blocks_is_refused_before_the_first_step(both: list[dict[str, Any]]) -> None:

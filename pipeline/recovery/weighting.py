@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import gather_objects
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery import rng
@@ -112,15 +113,14 @@ class _Learned:
         self._sums: dict[str, Tensor] = {}
 
     def _balanced(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The task's own losses; the first call says which there are."""
+        """The task's own losses; the first call says which there are, on every rank."""
         mine = {name: loss for name, loss in losses.items() if not name.startswith(PREFIX)}
         if not self._numbers:
-            self._make(list(mine))
-        if set(mine) != set(self._numbers):
-            raise TaskError(
-                f"expected the same losses in every batch, {list(self._numbers)}, to balance them; got {list(mine)} at "
-                f"{self._where}; return a zero for one that a batch lacks, or set finetune.loss_weights: fixed"
-            )
+            first, *others = gather_objects(list(mine))  # ranks add numbers up by their place
+            for names in others:
+                self._check_names(names, first)
+            self._make(first)
+        self._check_names(list(mine), list(self._numbers))
         for name, loss in mine.items():
             if float(loss.detach()) < 0:
                 raise TaskError(
@@ -128,6 +128,13 @@ class _Learned:
                     f"{self._where}; add a constant, or set finetune.loss_weights: fixed"
                 )
         return {name: mine[name] for name in self._numbers}
+
+    def _check_names(self, names: list[str], wanted: list[str]) -> None:
+        if set(names) != set(wanted):
+            raise TaskError(
+                f"expected the same losses in every batch, {wanted}, to balance them; got {names} at {self._where}; "
+                "return a zero for one that a batch lacks, or set finetune.loss_weights: fixed"
+            )
 
     def _make(self, names: list[str]) -> None:
         self._numbers = {name: nn.Parameter(torch.tensor(self._start, dtype=torch.float64)) for name in names}
