@@ -46,6 +46,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "outputs x4": {"distill": True, "distill_weight": 4.0},
     "outputs x4, features": {"distill": True, "distill_weight": 4.0, "distill_features": 1.0},
     "outputs x4, features x4": {"distill": True, "distill_weight": 4.0, "distill_features": 4.0},
+    "outputs x4, features x16": {"distill": True, "distill_weight": 4.0, "distill_features": 16.0},
+    "outputs x16, features x16": {"distill": True, "distill_weight": 16.0, "distill_features": 16.0},
 }
 
 
