@@ -572,7 +572,7 @@ def _wait_for_main(own: _Session, sign: str) -> None:
         if now != beats:
             beats, seen = now, time.monotonic()
         if own.store.check(["bye/0"]):
-            raise RankError("expected rank 0 to go on; it was stopped; the same command resumes")
+            raise RankError("expected rank 0 to go on; got its leave, for it was stopped; run the same command again")
         if time.monotonic() - seen > own.timeout_s:
             raise _lost(own, [0])
         return False
