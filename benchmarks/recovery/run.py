@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import statistics
 import sys
 import tempfile
@@ -108,7 +109,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.table:
         summary = summarise(done)
         options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps({"summary": summary, "cells": done, "left": left}, indent=1) + "\n")
+        command = shlex.join(["python", "-m", "benchmarks.recovery.run", *(sys.argv[1:] if words is None else words)])
+        found = {"command": command, "summary": summary, "cells": done, "left": left}
+        options.results.write_text(json.dumps(found, indent=1) + "\n")
         print("\n".join(row_text(row) for row in summary))
     print(f"{len(done)} cells done, {len(left)} left" + "".join(f"\n  left: {name}" for name in left))
     return 1 if left else 0
