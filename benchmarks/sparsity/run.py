@@ -11,7 +11,6 @@ are made of them by `python -m benchmarks.sparsity.table`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +159,7 @@ class Bench:
         """Run a cell and keep its result."""
         import torch
 
+        from benchmarks.pruning.bench import Clock
         from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
         from fusepress.pipeline.stages.base import tool_versions
         from fusepress.pipeline.stages.common import current_model
@@ -288,22 +288,6 @@ def named_spread(cell: Cell, ctx: Context, model: nn.Module) -> dict[str, float]
     branch, _, what = cell.spread.rpartition("_")
     spared = [branch] if what == "spared" else [other for other in counts if other != branch]
     return spread_sparing(cell.sparsity, counts, spared)
-
-
-class Clock:
-    """Wall seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = round(time.monotonic() - began, 2)
 
 
 def _commit() -> str:
