@@ -402,4 +402,5 @@ def settled(model: nn.Module) -> nn.Module:
             module.running_mean.copy_(torch.randn(module.num_features, generator=g) * 0.2)
             module.running_var.copy_(torch.rand(module.num_features, generator=g) + 0.5)
             nn.init.normal_(module.bias, 0, 0.2, generator=g)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=g)
     return model.eval()

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fusepress.pipeline.api import compress, make_context
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import UsageError
-from fusepress.pipeline.graph.apply import weights_bytes
-from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
+from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.contract import Look
-from fusepress.pipeline.recovery.finetune import finetune
 from fusepress.pipeline.report.html import render
 from fusepress.pipeline.stages.base import Context
 from fusepress.pipeline.stages.finetune import Finetune, early_stop_words
 from fusepress.pipeline.store import content_key
-from fusepress.pipeline.task import load_task
+from tests.recovery_runs import toy_project
 from tests.test_report import check_page, record_of
 
-TESTS = Path(__file__).parent
 RECIPE: dict[str, Any] = {
     "task": "sparsify_toy.py:Toy",
     "checkpoint": "dense.safetensors",
@@ -35,14 +31,7 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finetune")
-    (folder / "sparsify_toy.py").write_text((TESTS / "sparsify_toy.py").read_text())
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    task = load_task("sparsify_toy.py:Toy", base=folder)
-    model = task.build_model()
-    finetune(model, None, task, FinetuneConfig(steps=30, lr=5e-3), seed=0, workdir=folder / "work")
-    (folder / "dense.safetensors").write_bytes(weights_bytes(model))
-    return folder
+    return toy_project(tmp_path_factory.mktemp("finetune"), RECIPE, steps=30)
 
 
 def context(project: Path, *overrides: str) -> Context:

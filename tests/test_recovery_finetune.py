@@ -9,7 +9,6 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,12 @@ from fusepress.pipeline.recovery.finetune import (
 )
 from fusepress.pipeline.recovery.precision import SKIPS_IN_A_ROW, Amp
 from fusepress.pipeline.task import Batch, LoadedTask, load_task
+from tests.recovery_runs import Killed, kill_at, same, toy, trained
 
 TESTS = Path(__file__).parent
 STEPS = 23
 CONFIG = FinetuneConfig(steps=STEPS, lr=0.01, checkpoint_every=5, modality_dropout=0.3, ema=0.9)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small a model only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -54,32 +46,10 @@ def task() -> LoadedTask:
     return load_task("recovery_toy.py:Toy", base=TESTS)
 
 
-def toy(task: LoadedTask) -> Any:
-    return sys.modules[type(task.user).__module__]
-
-
 def train(
     task: LoadedTask, workdir: Path, config: FinetuneConfig = CONFIG, **options: Any
 ) -> tuple[FinetuneResult, dict[str, Tensor]]:
-    student, teacher = toy(task).models()
-    result = finetune(student, teacher, task, config, **{"seed": 3, "workdir": workdir, **options})
-    return result, toy(task).everything(student)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int) -> Callable[[TrainProgress], None]:
-    def progress(now: TrainProgress) -> None:
-        if now.step == step:
-            raise Killed
-
-    return progress
+    return trained(task, workdir, config, **options)
 
 
 # --- what it does -----------------------------------------------------------------------------------------------

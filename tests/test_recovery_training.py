@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,11 @@ from fusepress.pipeline.recovery.contract import TrainProgress
 from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.finetune import FinetuneResult, finetune
 from fusepress.pipeline.task import Batch, LoadedTask, load_task
+from tests.recovery_runs import Killed, kill_at, same, toy, trained
 
 TESTS = Path(__file__).parent
 CONFIG = FinetuneConfig(steps=12, lr=0.01, checkpoint_every=5, ema=0.9)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small a model only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -40,36 +33,14 @@ def task() -> LoadedTask:
     return load_task("recovery_toy.py:Toy", base=TESTS)
 
 
-def toy(task: LoadedTask) -> Any:
-    return sys.modules[type(task.user).__module__]
-
-
 def train(
     task: LoadedTask, workdir: Path, config: FinetuneConfig = CONFIG, **options: Any
 ) -> tuple[FinetuneResult, dict[str, Tensor]]:
-    student, teacher = toy(task).models()
-    result = finetune(student, teacher, task, config, **{"seed": 3, "workdir": workdir, **options})
-    return result, toy(task).everything(student)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return trained(task, workdir, config, **options)
 
 
 def changed(**values: Any) -> FinetuneConfig:
     return FinetuneConfig.model_validate({**CONFIG.model_dump(), **values})
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int) -> Callable[[TrainProgress], None]:
-    def progress(now: TrainProgress) -> None:
-        if now.step == step:
-            raise Killed
-
-    return progress
 
 
 # --- accumulation -----------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 import onnx
 import pytest
 import torch
-import yaml
 from onnx import numpy_helper
 from torch import nn
 
@@ -19,7 +18,6 @@ from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import ExportError, RecipeError, StageError
 from fusepress.pipeline.evidence import RunRecord
-from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.graph.masks import (
     MaskHolder,
     load_masks,
@@ -27,8 +25,7 @@ from fusepress.pipeline.graph.masks import (
     violations_2to4,
     weights_unstructured,
 )
-from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
-from fusepress.pipeline.recovery.finetune import finetune
+from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.runner import run_stages
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context
@@ -37,9 +34,8 @@ from fusepress.pipeline.stages.export import confirmed_sparsity
 from fusepress.pipeline.stages.masking import Masked, layer_table, mask_model, sparsity_facts
 from fusepress.pipeline.stages.sparsify import section
 from fusepress.pipeline.store import Store
-from fusepress.pipeline.task import load_task
+from tests.recovery_runs import toy_project
 
-TESTS = Path(__file__).parent
 RECIPE: dict[str, Any] = {
     "task": "sparsify_toy.py:Toy",
     "checkpoint": "dense.safetensors",
@@ -55,15 +51,7 @@ TRAINED = ("baseline", "score", "prune", "sparsify")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose checkpoint is a network with settled norms, trained a little."""
-    folder = tmp_path_factory.mktemp("sparsify")
-    (folder / "sparsify_toy.py").write_text((TESTS / "sparsify_toy.py").read_text())
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    task = load_task("sparsify_toy.py:Toy", base=folder)
-    model = task.build_model()
-    finetune(model, None, task, FinetuneConfig(steps=40, lr=5e-3), seed=0, workdir=folder / "work")
-    (folder / "dense.safetensors").write_bytes(weights_bytes(model))
-    return folder
+    return toy_project(tmp_path_factory.mktemp("sparsify"), RECIPE, steps=40)
 
 
 def compress(

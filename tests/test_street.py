@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from fusepress.pipeline.task import Batch, LoadedTask, check_task, load_task
 
 SPLITS: tuple[Literal["calib", "eval"], ...] = ("calib", "eval")
 STREET = Path(__file__).resolve().parent.parent / "examples" / "street"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,6 @@ def dense(task: LoadedTask) -> torch.nn.Module:
 def record() -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((STREET / "metrics.json").read_text())
     return loaded
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def daylight(world: Any, split: str = "eval", count: int = 8) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,7 @@ load_task("multi_task.py:StreetDetectTask", base=STREET)  # imports its sibling 
 metrics: Any = importlib.import_module("detection_metrics")
 detection: Any = importlib.import_module("detection")
 world: Any = importlib.import_module("street_world")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def box(x: float, y: float, length: float = 4.0, width: float = 2.0, height: float = 1.5, yaw: float = 0.0) -> Any:

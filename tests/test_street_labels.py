@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fusepress.pipeline.task import Batch, LoadedTask, load_task
 
 STREET = Path(__file__).resolve().parent.parent / "examples" / "street"
 FRAMES = list(range(0, 48, 3))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,6 @@ def frames(world: Any, scenes: Any) -> Any:
 @pytest.fixture(scope="module")
 def truth(labels: Any, scenes: Any, frames: Any) -> Any:
     return labels.label(scenes, frames.labels)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_labels_depend_on_split_seed_and_number_only(task: LoadedTask) -> None:

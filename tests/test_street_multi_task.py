@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ CLASSES = {
     "WaypointExpert": TASKS[3:],
     "StreetDetectTask": TASKS[:2],
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(name: str, *, width: float = 0.5, batch_size: int = 4) -> LoadedTask:
@@ -54,14 +54,6 @@ def detection(task: LoadedTask) -> Any:
 def batch(task: LoadedTask) -> Batch:
     made: Batch = task.user.make("eval", 0, list(range(0, 32, 4)))
     return made
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

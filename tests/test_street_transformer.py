@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fusepress.pipeline.graph.plan import Group, GroupGraph
 from fusepress.pipeline.pruning.allocate import allocate
 from fusepress.pipeline.recipe import PruneConfig
 from fusepress.pipeline.task import Batch, load_task
+from tests.graph_models import settled
 
 STREET = Path(__file__).resolve().parent.parent / "examples" / "street"
 load_task("multi_task.py:StreetMultiTask", base=STREET)  # imports its sibling modules
@@ -46,28 +46,7 @@ OF_TASK = {
     "waypoints": ["waypoints"],
 }
 WIDTH = 0.5  # one, two and three attention heads
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def settle(model: nn.Module) -> nn.Module:
-    """Norms away from their defaults, as after training."""
-    g = torch.Generator().manual_seed(7)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.copy_(torch.randn(module.num_features, generator=g) * 0.2)
-            module.running_var.copy_(torch.rand(module.num_features, generator=g) + 0.5)
-            nn.init.normal_(module.bias, 0, 0.2, generator=g)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=g)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +58,7 @@ def inputs() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return settle(network.StreetTransformer(width=WIDTH))
+    return settled(network.StreetTransformer(width=WIDTH))
 
 
 @pytest.fixture(scope="module")
