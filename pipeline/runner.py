@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -300,11 +300,21 @@ def _remove_stale(folder: Path, record: RunRecord) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
+def _log_to(path: Path) -> AbstractContextManager[None]:
     """Warnings and log records of libraries go into the run's log, not on the screen."""
     handler = logging.FileHandler(path, mode="a", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return _handled_by(handler)
+
+
+def _silenced() -> AbstractContextManager[None]:
+    """Warnings of ranks above 0 are those of rank 0, which logs them."""
+    return _handled_by(logging.NullHandler())
+
+
+@contextmanager
+def _handled_by(handler: logging.Handler) -> Iterator[None]:
+    """Warnings and log records of libraries go to this handler."""
     root = logging.getLogger()
     root.addHandler(handler)
     logging.captureWarnings(True)
@@ -314,20 +324,6 @@ def _log_to(path: Path) -> Iterator[None]:
         logging.captureWarnings(False)
         root.removeHandler(handler)
         handler.close()
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Warnings of ranks above 0 are those of rank 0, which logs them."""
-    handler = logging.NullHandler()
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        root.removeHandler(handler)
 
 
 @contextmanager
