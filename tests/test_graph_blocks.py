@@ -26,7 +26,7 @@ from fusepress.pipeline.graph.check import sample_kept
 from fusepress.pipeline.graph.cost import CostModel, count_macs, count_params
 from fusepress.pipeline.graph.files import load_graph, save_graph
 from fusepress.pipeline.graph.groups import find_groups
-from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
+from fusepress.pipeline.graph.masks import MaskHolder, masks_2to4
 from fusepress.pipeline.graph.plan import Block, GroupGraph, PrunePlan, Swap
 from fusepress.pipeline.graph.standins import Geometry, Zeros
 from fusepress.pipeline.recovery.batchnorm import reestimate_batchnorm
@@ -198,7 +198,7 @@ def test_norms_are_estimated_anew_and_masks_chosen_without_the_block(name: str) 
         assert norm.running_var is not None
         assert float(norm.running_var.min()) > 1e-4  # none of them saw a constant
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
-    masks = magnitude_masks_2to4(model)[0]
+    masks = masks_2to4(model)[0]
     assert masks
     MaskHolder(masks).apply(model)
     MaskHolder(masks).check(model)

@@ -13,11 +13,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fusepress.pipeline.errors import CheckpointError, StageError, TrainingError
 from fusepress.pipeline.graph.masks import (
     MaskHolder,
-    choose_2to4,
     load_masks,
-    magnitude_masks_2to4,
     masks_2to4,
     save_masks,
+    top_2to4,
     violations_2to4,
     weights_2to4,
     weights_unstructured,
@@ -46,7 +45,7 @@ class Zoo(nn.Module):
 
 
 def test_the_right_weights_are_masked_and_every_other_one_is_listed_with_its_reason() -> None:
-    masks, skipped = magnitude_masks_2to4(Zoo())
+    masks, skipped = masks_2to4(Zoo())
     assert set(masks) == {
         "conv.weight",
         "grouped.weight",
@@ -74,7 +73,7 @@ def test_the_right_weights_are_masked_and_every_other_one_is_listed_with_its_rea
 def test_a_tied_weight_is_masked_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
-    masks, skipped = magnitude_masks_2to4(model)
+    masks, skipped = masks_2to4(model)
     assert list(masks) == ["0.weight"]
     assert [(skip.param, skip.reason) for skip in skipped] == [("1.weight", "shares its weight with 0.weight")]
 
@@ -82,7 +81,7 @@ def test_a_tied_weight_is_masked_once() -> None:
 @pytest.mark.parametrize("shape", [(5, 8), (3, 12, 3, 3), (2, 4, 1), (2, 8, 2, 3, 2)])
 def test_the_choice_keeps_the_largest_magnitude_of_all_six_patterns(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
-    mask = choose_2to4(weight)
+    mask = top_2to4(weight.detach().abs())
     flat_w, flat_m = weight.flatten(2) if len(shape) > 2 else weight[..., None], mask.reshape(*shape[:2], -1)
     for k, r in itertools.product(range(shape[0]), range(flat_w.shape[2])):
         for first in range(0, shape[1], 4):
@@ -93,7 +92,7 @@ def test_the_choice_keeps_the_largest_magnitude_of_all_six_patterns(shape: tuple
 
 
 def test_equal_weights_keep_the_earlier_ones() -> None:
-    assert choose_2to4(torch.full((1, 4), -1.0)).tolist() == [[True, True, False, False]]
+    assert top_2to4(torch.full((1, 4), -1.0).abs()).tolist() == [[True, True, False, False]]
 
 
 def test_a_group_runs_over_input_channels_not_over_the_kernel() -> None:
@@ -112,7 +111,7 @@ def test_batch_norm_folding_keeps_the_mask() -> None:
     assert norm.running_var is not None
     norm.running_var.uniform_(0.1, 3)
     model = nn.Sequential(conv, norm).eval()
-    masks, _ = magnitude_masks_2to4(model)
+    masks, _ = masks_2to4(model)
     holder = MaskHolder({"0.weight": masks["0.weight"]})
     holder.apply(model)
     folded = fuse_conv_bn_eval(conv, norm)
@@ -144,7 +143,7 @@ def test_no_optimiser_revives_a_masked_weight(optimizer: str) -> None:
         optim = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
     model(torch.randn(16, 8)).square().sum().backward()
     optim.step()  # momentum of what will be masked
-    masks, _ = magnitude_masks_2to4(model)
+    masks, _ = masks_2to4(model)
     holder = MaskHolder(masks)
     holder.apply(model)
     for _ in range(3):
@@ -160,7 +159,7 @@ def test_no_optimiser_revives_a_masked_weight(optimizer: str) -> None:
 
 
 def test_saved_masks_are_read_back_and_the_bytes_are_always_the_same(tmp_path: Path) -> None:
-    masks, _ = magnitude_masks_2to4(Zoo())
+    masks, _ = masks_2to4(Zoo())
     save_masks(masks, tmp_path / "a.safetensors")
     save_masks(dict(reversed(masks.items())), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -196,7 +195,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     model = nn.Linear(8, 4)
     model.weight.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="NaN or infinity in weight"):
-        magnitude_masks_2to4(model)
+        masks_2to4(model)
 
 
 # --- by score, and which weights --------------------------------------------------------------------------------------

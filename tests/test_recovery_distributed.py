@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.distributed import rank
 from fusepress.pipeline.errors import TaskError, TrainingError, UsageError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
-from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
+from fusepress.pipeline.graph.masks import MaskHolder, masks_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.checkpoint import tensors_sha256
 from fusepress.pipeline.recovery.contract import TrainProgress
@@ -134,7 +134,7 @@ def sharded_run(folder: str, *, masked: bool) -> dict[str, Any]:
         student.register_forward_pre_hook(
             lambda module, _i: kinds.add(type(module.get_parameter("head.weight")).__name__)
         )
-        holder = MaskHolder(magnitude_masks_2to4(student)[0]) if masked else None
+        holder = MaskHolder(masks_2to4(student)[0]) if masked else None
         losses, calls = type(task.user).losses, 0
 
         def counted(*arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import TaskError, TrainingError
-from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4
+from fusepress.pipeline.graph.masks import MaskHolder, masks_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.checkpoint import PREFIX
 from fusepress.pipeline.recovery.finetune import (
@@ -193,7 +193,7 @@ def test_parameters_that_are_frozen_stay(task: LoadedTask, tmp_path: Path) -> No
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_masks_hold_through_training_and_its_resume(task: LoadedTask, tmp_path: Path, ema: float) -> None:
     config = CONFIG.model_copy(update={"ema": ema, "weight_decay": 0.1})
-    masks, _ = magnitude_masks_2to4(toy(task).models()[0])
+    masks, _ = masks_2to4(toy(task).models()[0])
     holder = MaskHolder(masks)
     _, straight = train(task, tmp_path / "a", config, masks=holder)
     with pytest.raises(Killed):
@@ -454,7 +454,7 @@ def test_the_users_own_fit_trains_with_our_masks_and_our_teacher(
     monkeypatch.setattr(type(task.user), "fit", sgd_fit, raising=False)
     student, teacher = toy(task).models()
     before = toy(task).everything(student)
-    masks, _ = magnitude_masks_2to4(student)
+    masks, _ = masks_2to4(student)
     seen: list[TrainProgress] = []
     config = FinetuneConfig(steps=5, lr=0.001)
     result = finetune(
@@ -482,7 +482,7 @@ def test_a_fit_that_skips_the_hook_still_ends_masked_and_without_teacher_the_los
 
     monkeypatch.setattr(type(task.user), "fit", fit, raising=False)
     student, _ = toy(task).models()
-    masks, _ = magnitude_masks_2to4(student)
+    masks, _ = masks_2to4(student)
     finetune(student, None, task, FinetuneConfig(steps=3), seed=0, workdir=tmp_path, masks=MaskHolder(masks))
     MaskHolder(masks).check(student)
     assert taught == [0.0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import StageError
-from fusepress.pipeline.graph.masks import MaskHolder, choose_2to4, violations_2to4
+from fusepress.pipeline.graph.masks import MaskHolder, top_2to4, violations_2to4
 from fusepress.pipeline.scoring.activations import called_layers, matrices, second_moments, unfolded, weight_of
 from fusepress.pipeline.scoring.altermoma import weight_masks
 from fusepress.pipeline.scoring.sparsegpt import prune_with_hessian, row_errors, sparsify_by_sparsegpt
@@ -36,7 +36,7 @@ def problem(seed: int, rows: int = 6, columns: int = 16, samples: int = 40) -> t
 def test_with_uncorrelated_inputs_it_is_magnitude_and_changes_nothing(sparsity: float | None, scale: float) -> None:
     weight, _ = problem(0)
     new, mask = prune_with_hessian(weight, scale * torch.eye(16, dtype=torch.float64)[None], sparsity=sparsity)
-    expected = choose_2to4(weight[0]) if sparsity is None else weight_masks({"": weight[0].abs()}, sparsity)[""]
+    expected = top_2to4(weight[0].abs()) if sparsity is None else weight_masks({"": weight[0].abs()}, sparsity)[""]
     assert torch.equal(mask[0], expected)
     assert torch.equal(new[0], torch.where(expected, weight[0], 0.0))
 
@@ -103,7 +103,7 @@ def test_it_loses_less_than_magnitude_in_the_mean(sparsity: float | None, most: 
     for seed in range(30):
         weight, hessian = problem(seed, rows=8, columns=32, samples=200)
         new, _ = prune_with_hessian(weight, hessian, sparsity=sparsity)
-        kept = choose_2to4(weight[0]) if sparsity is None else weight_masks({"": weight[0].abs()}, sparsity)[""]
+        kept = top_2to4(weight[0].abs()) if sparsity is None else weight_masks({"": weight[0].abs()}, sparsity)[""]
         ours.append(row_errors(weight - new, hessian).sum())
         magnitude.append(row_errors(torch.where(kept, 0.0, weight), hessian).sum())
     assert torch.stack(ours).mean() < most * torch.stack(magnitude).mean()
@@ -242,7 +242,7 @@ def test_the_network_changes_less_than_by_magnitude() -> None:
     wanted: dict[str, float | None] = dict.fromkeys(("first.weight", "second.weight", "twice.weight"))
     ours, magnitude = net(), net()
     _, results = sparsify_by_sparsegpt(ours, data(8), wanted)
-    MaskHolder({name: choose_2to4(magnitude.get_parameter(name)) for name in wanted}).apply(magnitude)
+    MaskHolder({name: top_2to4(magnitude.get_parameter(name).detach().abs()) for name in wanted}).apply(magnitude)
     x = torch.cat([batch["x"] for batch in data(8)])
     with torch.no_grad():
         gap = [(m(x) - net()(x)).square().mean() for m in (ours, magnitude)]
@@ -258,7 +258,7 @@ def test_the_network_changes_less_than_by_magnitude() -> None:
 def test_weights_without_a_hessian_are_chosen_by_magnitude_and_said_so() -> None:
     model, dense = net(), net()
     masks, results = sparsify_by_sparsegpt(model, data(), {"unused.weight": None, "up.weight": 0.5})
-    assert torch.equal(masks["unused.weight"], choose_2to4(dense.unused.weight))
+    assert torch.equal(masks["unused.weight"], top_2to4(dense.unused.weight.detach().abs()))
     assert int((~masks["up.weight"]).sum()) == dense.up.weight.numel() // 2
     assert all("by magnitude: the forward pass does not call" in result.note for result in results)
     MaskHolder(masks).check(model)
@@ -300,7 +300,7 @@ def test_the_projections_of_an_attention_read_query_key_value_and_heads(options:
     assert all(violations_2to4(model.get_parameter(name)) == 0 for name in names)
     assert not any(result.note for result in results)
     plain = copy.deepcopy(dense)
-    MaskHolder({name: choose_2to4(dense.get_parameter(name)) for name in names}).apply(plain)
+    MaskHolder({name: top_2to4(dense.get_parameter(name).detach().abs()) for name in names}).apply(plain)
     with torch.no_grad():
         gaps = [(m(**inputs) - dense(**inputs)).square().mean() for m in (model, plain)]
     assert gaps[0] < gaps[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusepress.pipeline.errors import CheckpointError, RecipeError
 from fusepress.pipeline.graph.apply import architecture_sha256, weights_bytes
-from fusepress.pipeline.graph.masks import MaskHolder, magnitude_masks_2to4, violations_2to4
+from fusepress.pipeline.graph.masks import MaskHolder, masks_2to4, violations_2to4
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.finetune import TrainProgress, finetune
 from fusepress.pipeline.recovery.sparselora import MaskedLowRank, SparseLora, attach, choose_ranks
@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 6.0, "max_trainable": 1.0, "seed"
 def mixed(kind: torch.dtype = torch.float64) -> tuple[Mixed, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = Mixed().to(kind).eval()
-    return model, magnitude_masks_2to4(model)[0]
+    return model, masks_2to4(model)[0]
 
 
 def image(kind: torch.dtype = torch.float64) -> Tensor:
@@ -257,7 +257,7 @@ class Killed(Exception):
 def trained(task: LoadedTask, work: Path, kill: int = 0, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     toy = sys.modules[type(task.user).__module__]
     student, teacher = toy.models()
-    masks, _ = magnitude_masks_2to4(student)
+    masks, _ = masks_2to4(student)
     lora = attach(student, masks, **{**OPTIONS, **options})
 
     def progress(now: TrainProgress) -> None:

@@ -52,11 +52,6 @@ def weights_unstructured(model: nn.Module) -> tuple[dict[str, nn.Parameter], lis
     return _sorted_out(model, _why_no_layer)
 
 
-def magnitude_masks_2to4(model: nn.Module) -> tuple[dict[str, Tensor], list[Skip]]:
-    """2:4 masks that keep the two largest |w| of every 4 consecutive input channels: see `masks_2to4`."""
-    return masks_2to4(model)
-
-
 def masks_2to4(
     model: nn.Module, scores: Mapping[str, Tensor] | None = None, *, dense: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Tensor], list[Skip]]:
@@ -105,20 +100,15 @@ def keep_values(weights: Mapping[str, Tensor], scores: Mapping[str, Tensor] | No
     return values
 
 
-def choose_2to4(weight: Tensor) -> Tensor:
-    """Mask of the two largest |w| of every 4 consecutive entries along dim 1; of equal ones the earlier is kept.
+def top_2to4(score: Tensor) -> Tensor:
+    """Mask of the two highest of every 4 consecutive entries along dim 1; of equal ones the earlier is kept.
 
     Args:
-        weight: `[K, C, ...]` with C a multiple of 4.
+        score: `[K, C, ...]` with C a multiple of 4.
 
     Returns:
         Bool tensor of the same shape.
     """
-    return top_2to4(weight.detach().abs())
-
-
-def top_2to4(score: Tensor) -> Tensor:
-    """Mask of the two highest of every 4 consecutive entries along dim 1; of equal ones the earlier is kept."""
     rows, channels = score.shape[:2]
     grouped = score.reshape(rows, channels // GROUP, GROUP, -1)
     order = torch.sort(grouped, dim=2, descending=True, stable=True).indices
