@@ -16,6 +16,7 @@ from torch import nn
 import fusepress
 from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.distributed import rank
 from fusepress.pipeline.errors import ExportError, RecipeError, StageError
 from fusepress.pipeline.evidence import RunRecord
 from fusepress.pipeline.graph.masks import (
@@ -26,6 +27,8 @@ from fusepress.pipeline.graph.masks import (
     weights_unstructured,
 )
 from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.recovery.checkpoint import tensors_sha256
+from fusepress.pipeline.recovery.placement import all_tensors
 from fusepress.pipeline.runner import run_stages
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context
@@ -34,6 +37,7 @@ from fusepress.pipeline.stages.export import confirmed_sparsity
 from fusepress.pipeline.stages.masking import Masked, layer_table, mask_model, sparsity_facts
 from fusepress.pipeline.stages.sparsify import section
 from fusepress.pipeline.store import Store
+from tests.ranks import run_ranks
 from tests.recovery_runs import toy_project
 
 RECIPE: dict[str, Any] = {
@@ -244,6 +248,41 @@ def test_the_spread_is_searched_on_the_calib_split_at_equal_zeros(pruned: Contex
     assert found.search.value == max(values)
     total = sum(weight.numel() for weight in weights_unstructured(model)[0].values())
     assert sum(int((~kept).sum()) for kept in found.masks.values()) == pytest.approx(0.6 * total, abs=3)
+
+
+def masked_elsewhere(project: str) -> list[dict[str, Any]]:
+    """What a rank goes on with; the others' weights are a little off, as other processors would round them."""
+    found = []
+    for overrides in (
+        ("choose=sparsegpt", "permute=true"),
+        ("pattern=unstructured", "spread={camera: 0.7, lidar: 0.4}"),
+    ):
+        loaded = load_recipe(Path(project) / "recipe.yaml", [f"sparsify.{text}" for text in overrides])
+        ctx = make_context(loaded, Reporter(quiet=True))
+        ctx.add_artifact("dense_weights", Path(project) / "dense.safetensors")
+        model = current_model(ctx)
+        generator = torch.Generator().manual_seed(rank())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05 * rank())
+        masked = mask_model(ctx, model)
+        MaskHolder(masked.masks).check(model)
+        found.append(
+            {
+                "masks": tensors_sha256(masked.masks),
+                "model": tensors_sha256(all_tensors(model)),
+                "orders": masked.permutation.to_dict()["orders"] if masked.permutation else None,
+                "rows": layer_table(model, masked),
+            }
+        )
+    return found
+
+
+def test_all_processes_go_on_with_the_masks_weights_and_order_of_rank_0(project: Path) -> None:
+    lead, follower = run_ranks("tests.test_sparsify_stage:masked_elsewhere", project=str(project))
+    assert lead == follower
+    assert lead[0]["orders"]
+    assert json.loads(json.dumps(masked_elsewhere(str(project)))) == lead  # rank 0 is not disturbed by the others
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.distributed import broadcast_, broadcast_model_, broadcast_object, rank, world
 from fusepress.pipeline.errors import StageError
 from fusepress.pipeline.graph.plan import FUSION
 from fusepress.pipeline.stages import common
@@ -55,9 +56,12 @@ class Masked:
 def mask_model(ctx: Context, model: nn.Module) -> Masked:
     """Choose masks as the recipe says and apply them, in place; with SparseGPT the kept weights change, too.
 
+    Processes that share a run call it together, and all go on with what rank 0 found.
+
     Raises:
         StageError: scores or the inputs of a layer are not finite, or there is nothing to mask.
         TraceError: channels are to be permuted and their groups cannot be found.
+        RankError: another process failed or was lost.
     """
     from fusepress.pipeline.graph.masks import MaskHolder
     from fusepress.pipeline.scoring.masking import branch_of_parameters
@@ -65,6 +69,7 @@ def mask_model(ctx: Context, model: nn.Module) -> Masked:
     config = _config(ctx)
     branch_of = branch_of_parameters(model, ctx.task.branches)
     found = _two_four(ctx, model, branch_of) if config.pattern == "2:4" else _unstructured(ctx, model, branch_of)
+    found = _of_rank_0(model, found)
     if not found.masks:
         reasons = "; ".join(sorted({skip.reason for skip in found.skipped})[:3]) or "it has no weights"
         raise StageError(
@@ -73,6 +78,26 @@ def mask_model(ctx: Context, model: nn.Module) -> Masked:
         )
     MaskHolder(found.masks).apply(model)
     return found
+
+
+def _of_rank_0(model: nn.Module, found: Masked) -> Masked:
+    """What rank 0 found, on every rank, and its weights in the model: ties may fall otherwise on other processors.
+
+    The model already has its channels in the new order and the weights that SparseGPT gave it.
+    """
+    if world() == 1:
+        return found
+    import torch
+
+    broadcast_model_(model)
+    shapes = broadcast_object({name: tuple(mask.shape) for name, mask in found.masks.items()})
+    masks = found.masks
+    if rank() > 0:
+        device = next(iter(model.parameters())).device
+        masks = {name: torch.empty(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
+    broadcast_(masks.values())
+    facts = broadcast_object(replace(found, masks={}))
+    return replace(facts, masks=masks)
 
 
 def _config(ctx: Context) -> SparsifyConfig:
