@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -140,6 +141,17 @@ def test_the_wide_network_has_convolutions_that_sparse_kernels_like() -> None:
     wide = [c for c in layers if c.kernel_size == (3, 3) and min(c.in_channels, c.out_channels) >= 256]
     assert len(wide) >= 2
     assert load_recipe(ROOT / "benchmarks/sparsity/wide.yaml").recipe.prune is None
+
+
+def test_the_wide_network_starts_with_the_weights_of_the_narrow_one() -> None:
+    from benchmarks.sparsity.wide_task import fill
+
+    narrow, wide = nn.Linear(2, 3), nn.Linear(4, 5)
+    random = wide.weight.detach().clone()
+    fill(wide, narrow.state_dict())
+    assert torch.equal(wide.weight[:3, :2], narrow.weight)
+    assert torch.equal(wide.weight[3:], random[3:])
+    assert torch.equal(wide.weight[:3, 2:], random[:3, 2:])
 
 
 @pytest.fixture
