@@ -25,7 +25,7 @@ from fusepress.targets.profile import Profile, load_profile
 
 if TYPE_CHECKING:
     from fusepress.pipeline.stages.base import Context
-    from fusepress.pipeline.task import LoadedTask
+    from fusepress.pipeline.task import LoadedTask, Split
 
 RECIPE_JSON = "recipe.json"
 HOST = "host-cpu"
@@ -128,10 +128,10 @@ def _follow(ctx: Context, folder: Path) -> Outcome:
 
 
 def _check_ranks(ctx: Context, folder: Path) -> None:
-    """Check that all processes share one folder, one recipe and one version, and that the task deals out its batches.
+    """Check that all processes share one folder, recipe, version and data, and that the task deals out its batches.
 
     Raises:
-        UsageError: with the rank and what differs.
+        UsageError: with the ranks and what differs.
         TaskError: the task's `batches` ignores `rank` and `world`.
     """
     from fusepress.pipeline.task import check_shards
@@ -154,7 +154,28 @@ def _check_ranks(ctx: Context, folder: Path) -> None:
         )
     if not ctx.from_onnx:
         check_shards(ctx.task, distributed.rank(), distributed.world())
+    _check_same_data(ctx)
     distributed.barrier()  # so that rank 0 does not begin where another one has refused
+
+
+def _check_same_data(ctx: Context) -> None:
+    """Check that every process reads the same data: keys name that of rank 0, whoever worked on the samples.
+
+    Raises:
+        UsageError: with the split, the ranks and their fingerprints.
+    """
+    splits: tuple[Split, ...] = ("calib", "eval") if ctx.from_onnx else ("train", "calib", "eval")
+    seen = distributed.gather_objects({split: ctx.fingerprint(split) for split in splits})
+    for split in splits:
+        ranks: dict[str, list[str]] = {}
+        for rank, fingerprints in enumerate(seen):
+            ranks.setdefault(fingerprints[split], []).append(f"rank {rank}")
+        if len(ranks) > 1:
+            got = " and ".join(f"{data!r} on {', '.join(names)}" for data, names in ranks.items())
+            raise UsageError(
+                f"expected every process to read the same data; got the fingerprints {got} of the split {split} at "
+                f"{ctx.task.source.spec}; give all machines the same data folder, in the same version"
+            )
 
 
 def common_facts(ctx: Context) -> dict[str, str]:

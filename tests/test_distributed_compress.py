@@ -57,6 +57,7 @@ def _project(folder: Path) -> Path:
         ('"calib": 64, "eval": 128', '"calib": 32, "eval": 80'),
         ("\nclass MyTask:", DIE),
         ('        return {"segmentation"', "        _perhaps_die('losses')\n        return {\"segmentation\""),
+        (' {SIZE}".encode()', " {SIZE} {os.environ.get('DATA_OF_' + os.environ.get('RANK', ''))}\".encode()"),
         ("        predicted, label =", "        _perhaps_die('sample_stats')\n        predicted, label ="),
     ):
         assert text.count(old) == 1, old
@@ -216,6 +217,22 @@ def test_what_processes_must_share_is_checked_before_anything_is_spent(
     assert re.search(message, told[0]), told[0]
     assert "error: expected" not in told[1]  # one process speaks
     assert not any((project / name / "r").exists() for name in "abcd")
+
+
+def test_ranks_that_read_other_data_are_refused_by_name(project: Path) -> None:
+    command = ["-m", "fusepress", "compress", str(project / "recipe.yaml"), "--run", str(project / "apart/r")]
+    processes = start_ranks([command] * 2, DATA_OF_1="of another version")
+    told = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    sha = "'[0-9a-f]{64}'"
+    match = re.search(
+        rf"expected every process to read the same data; got the fingerprints ({sha}) on rank 0 and ({sha}) on rank 1 "
+        r"of the split train at task\.py:MyTask; give all machines the same data folder",
+        " ".join(told[0].split()),
+    )
+    assert match, told[0]
+    assert match[1] != match[2]
+    assert not (project / "apart/r").exists()
 
 
 def test_other_verbs_are_refused_in_several_processes(
