@@ -14,8 +14,10 @@ from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.contract import Look
 from fusepress.pipeline.report.html import render
-from fusepress.pipeline.stages.base import Context
+from fusepress.pipeline.stages.base import Context, Stage
 from fusepress.pipeline.stages.finetune import Finetune, early_stop_words
+from fusepress.pipeline.stages.score import Score
+from fusepress.pipeline.stages.sparsify import Sparsify
 from fusepress.pipeline.store import content_key
 from tests.recovery_runs import toy_project
 from tests.test_report import check_page, record_of
@@ -72,6 +74,23 @@ def test_loggers_are_not_in_the_key_and_the_gate_is_where_it_stops_the_run(proje
     assert key("finetune.accumulate=2") != key()
     blind = "finetune.early_stop=false"
     assert key(blind, "gates.accuracy.max_drop=0.8") == key(blind) != key()
+
+
+@pytest.mark.parametrize("stage", [Finetune(), Sparsify(), Score()], ids=lambda stage: stage.name)
+def test_the_number_format_that_auto_means_is_in_the_key(
+    project: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage
+) -> None:
+    section = ("score.method=auto", "prune={macs: 0.7}", "sparsify={steps: 4}")
+
+    def key(precision: str) -> str:
+        return content_key(stage.key_parts(context(project, *section, f"finetune.precision={precision}")))
+
+    assert key("auto") == key("fp32") != key("bf16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+    assert key("auto") == key("bf16")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert key("auto") == key("fp16") != key("fp32")
 
 
 def test_the_files_of_a_logger_end_up_beside_the_weights(

@@ -28,7 +28,7 @@ from fusepress.pipeline.recovery.early_stop import EarlyStop
 from fusepress.pipeline.recovery.features import teach_features
 from fusepress.pipeline.recovery.loggers import logging_to
 from fusepress.pipeline.recovery.optim import learning_rate
-from fusepress.pipeline.recovery.placement import all_tensors, lent, on_device, placed
+from fusepress.pipeline.recovery.placement import all_tensors, lent, on_device, placed, training_device
 from fusepress.pipeline.recovery.precision import Amp
 from fusepress.pipeline.recovery.sharding import ShardedMasks, spread
 from fusepress.pipeline.recovery.trainer import Trainer
@@ -103,7 +103,7 @@ def finetune(
         return FinetuneResult(final_losses={}, history=[], steps=0, resumed_from=None)
     broadcast_model_(student)  # processors of other kinds round in other ways before training, too
     home = next(iter(student.parameters())).device
-    device = device or torch.device("cuda" if torch.cuda.is_available() else home)
+    device = device or training_device(home)
     with contextlib.ExitStack() as stack:
         sharded = config.shard == "fsdp2" and not task.offers("fit")
         stack.enter_context(placed(student, home if sharded else device, home))

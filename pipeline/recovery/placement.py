@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from fusepress.pipeline.task import Batch
 
 
+def training_device(home: torch.device) -> torch.device:
+    """Where a model that lies at home is trained: on the accelerator, if there is one."""
+    return torch.device("cuda") if torch.cuda.is_available() else home
+
+
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, those outside the state dict too: training may change any of them."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

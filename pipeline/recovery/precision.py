@@ -23,17 +23,9 @@ class Amp:
 
     def __init__(self, wanted: TrainingFormat, device: torch.device) -> None:
         self.device = device
-        self.format = self._resolve(wanted, device)
+        self.format = resolved_format(wanted, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.format == "fp16")
         self._skipped = 0
-
-    @staticmethod
-    def _resolve(wanted: TrainingFormat, device: torch.device) -> TrainingFormat:
-        if wanted != "auto":
-            return wanted
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -89,6 +81,15 @@ class Amp:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self._skipped = int(state["skipped"])
+
+
+def resolved_format(wanted: TrainingFormat, device: torch.device) -> TrainingFormat:
+    """The format itself, or what "auto" is on a device: bf16 (else fp16) on an accelerator, fp32 on a CPU."""
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _first_bad(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusepress.pipeline.distributed import is_main
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.evidence import Measurement
-from fusepress.pipeline.recipe import FinetuneConfig
+from fusepress.pipeline.recipe import FinetuneConfig, TrainingFormat
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.stages.teachers import expert_models, teacher_inputs
@@ -43,11 +43,26 @@ def check_training(ctx: Context) -> None:
 def training_key(ctx: Context, config: FinetuneConfig) -> dict[str, Any]:
     """What of a training section shapes the weights: all but the loggers, and the gate where it stops the run.
 
-    Where the experts' files lie does not count: their content is among the stage's inputs.
+    Where the experts' files lie does not count: their content is among the stage's inputs. The number format is the one
+    that `auto` is on this machine.
     """
-    key = {**config.model_dump(mode="json", exclude={"log"}), "teachers": dict.fromkeys(config.teachers, "")}
+    key = {
+        **config.model_dump(mode="json", exclude={"log"}),
+        "teachers": dict.fromkeys(config.teachers, ""),
+        "precision": format_here(config),
+    }
     gate = ctx.recipe.gates.accuracy
     return {**key, "gate": gate.model_dump(mode="json")} if config.early_stop and gate is not None else key
+
+
+def format_here(config: FinetuneConfig) -> TrainingFormat:
+    """The number format that a training section means on this machine, whose models are loaded on the CPU."""
+    import torch
+
+    from fusepress.pipeline.recovery.placement import training_device
+    from fusepress.pipeline.recovery.precision import resolved_format
+
+    return resolved_format(config.precision, training_device(torch.device("cpu")))
 
 
 def train(

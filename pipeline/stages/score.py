@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.allocation import alignment, target_of
 from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
+from fusepress.pipeline.stages.finetune import format_here
 from fusepress.pipeline.store import KeyParts, atomic_write_text
 
 if TYPE_CHECKING:
@@ -76,10 +78,10 @@ class Score(NoLatency):
 
 def _trial_config(ctx: Context) -> dict[str, Any]:
     assert ctx.recipe.prune is not None
-    finetune = ctx.recipe.finetune
+    finetune = ctx.recipe.finetune or FinetuneConfig()
     return {
         "prune": ctx.recipe.prune.model_dump(mode="json"),
         "align": alignment(ctx),
-        "finetune": {**finetune.model_dump(mode="json"), "log": []} if finetune is not None else None,
+        "finetune": {**finetune.model_dump(mode="json"), "log": [], "precision": format_here(finetune)},
         "target": target_of(ctx),
     }
