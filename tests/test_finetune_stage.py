@@ -14,6 +14,7 @@ from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.contract import Look
 from fusepress.pipeline.report.html import render
+from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context, Stage
 from fusepress.pipeline.stages.finetune import Finetune, early_stop_words
 from fusepress.pipeline.stages.score import Score
@@ -91,6 +92,13 @@ def test_the_number_format_that_auto_means_is_in_the_key(
     assert key("auto") == key("bf16")
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert key("auto") == key("fp16") != key("fp32")
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_seed_is_in_the_key_of_every_stage_that_draws_or_resamples(project: Path, stage: Stage) -> None:
+    section = ("score.method=magnitude", "prune={macs: 0.7}", "sparsify={steps: 4}", "quantize={precision: int8}")
+    keys = {content_key(stage.key_parts(context(project, *section, f"seed={seed}"))) for seed in (0, 1)}
+    assert len(keys) == (1 if stage.name == "build" else 2)  # an engine is made of the ONNX file alone
 
 
 def test_the_files_of_a_logger_end_up_beside_the_weights(

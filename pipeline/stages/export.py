@@ -29,11 +29,14 @@ class Export:
         return "the checkpoint is an ONNX file" if ctx.from_onnx else None
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The weights, the plan, and the opsets."""
+        """The weights, the plan, the opsets and the seed."""
         return key_parts(
             ctx,
             self,
-            config={"opset": [ctx.profile.opset, ctx.profile.opset_scatternd]},
+            config={
+                "opset": [ctx.profile.opset, ctx.profile.opset_scatternd],
+                "seed": ctx.recipe.seed,  # of the bootstrap behind the intervals; the file itself does not depend on it
+            },
             inputs=("dense_weights", "weights", "plan", "masks"),
             splits=("calib", "eval"),
             tools=("torch", "onnx", "onnxscript", "onnxslim", "onnxruntime-gpu"),

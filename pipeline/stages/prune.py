@@ -26,7 +26,7 @@ class Prune:
         return None if ctx.recipe.prune is not None else "not in the recipe"
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The pruning section, the scores, and the channel multiple."""
+        """The pruning section, the scores, the channel multiple and the seed."""
         assert ctx.recipe.prune is not None
         return key_parts(
             ctx,
@@ -35,6 +35,7 @@ class Prune:
                 **ctx.recipe.prune.model_dump(mode="json"),
                 "align": alignment(ctx),
                 "target": target_of(ctx),
+                "seed": ctx.recipe.seed,  # of the batches of distortion tables and of the norms' new statistics
             },
             inputs=("dense_weights", "groups", "scores"),
             splits=("train", "calib", "eval"),
