@@ -1,26 +1,29 @@
-"""Engines: TensorRT-RTX ahead of time without a GPU, TensorRT where it is installed beside a GPU.
+"""Engines: TensorRT-RTX ahead of time without a GPU, TensorRT 10 and 11 where one is installed beside a GPU.
 
-The builder runs in a process of its own, for it may crash, and what it says is recorded there. An engine is built, not
-executed: nothing here says anything about its latency or about sparse kernels (TensorRT-RTX builds the same bytes with
-and without its sparsity flag). Source: TensorRT-RTX 1.7 Python API; behaviour without a GPU as run for this project.
+The builder (export/builder.py) runs in a process of its own, for it may crash, run out of memory or of time, and what
+it says is recorded there. An engine is built, not executed: nothing here says anything about its latency. Source:
+TensorRT-RTX 1.7 Python API; behaviour without a GPU as run for this project. Building with TensorRT 10 and 11 was not
+executed by us: its branches were tried on a test double.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusepress.export.onnx import load_onnx
-from fusepress.export.worker import TAIL_LINES, Outcome, answer, read_job, run_job
+from fusepress.export.inspector import EngineLayer, parse_inspection, parse_layers
+from fusepress.export.onnx import graph_inputs, load_onnx
+from fusepress.export.worker import TAIL_LINES, Outcome, Progress, run_job
 from fusepress.pipeline.errors import BuildError, TargetError
-from fusepress.pipeline.store import atomic_write_bytes, atomic_write_text, sha256_file
+from fusepress.pipeline.store import atomic_write_text, disk_error, sha256_file
 
 TIMEOUT_S = 1200.0
 MIN_PLAN_BYTES = 1024  # a plan of even one layer is larger
@@ -38,31 +41,58 @@ ADVICE = {
     "If": "write torch.where for the condition",
 }
 DEFAULT_ADVICE = "rewrite the module with plain operators, or move it outside the model"
-_DATATYPES = {
-    "Float": "fp32",
-    "Half": "fp16",
-    "BFloat16": "bf16",
-    "Int8": "int8",
-    "FP8": "fp8",
-    "Int32": "int32",
-    "Int64": "int64",
-    "Bool": "bool",
-}
-_LAYER = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[.*\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: "
+BUILDER = "fusepress.export.builder"
+_OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|MemoryError|out of ?memory|Cannot allocate memory|failed to map segment", re.IGNORECASE
 )
-_COMPUTE = ("correlation", "gemm", "deconv", "runtime_fusion")
+_GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvmap")  # the last two on Jetson, which may lack nvidia-smi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLayer:
-    """One layer of an engine: its name and kind, the precision it computes in, the ONNX nodes that went into it."""
+class ShapeRange:
+    """Least, typical and largest shape of an input with dynamic dimensions; kernels are chosen for the typical one."""
 
-    name: str
-    type: str
-    precision: str
-    nodes: tuple[str, ...] = ()
+    least: tuple[int, ...]
+    typical: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What is asked of a builder; precisions are not, the file carries them.
+
+    Attributes:
+        sparse: allow sparse kernels.
+        workspace_mib: most scratch memory of a kernel; None leaves it to the builder.
+        shapes: input -> range, for every input with a dynamic dimension.
+        dla_core: put what it can on this deep-learning accelerator.
+        gpu_fallback: let the GPU run what the accelerator cannot; otherwise such a layer is an error.
+        timing_cache_folder: where timings are kept between builds; None keeps none.
+        power_mode: mode of the device, part of what timings hold for.
+        timeout_s: seconds after which the builder is killed.
+        memory_limit: bytes that the builder may use.
+    """
+
+    sparse: bool = False
+    workspace_mib: int | None = None
+    shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
+    dla_core: int | None = None
+    gpu_fallback: bool = True
+    timing_cache_folder: Path | None = None
+    power_mode: str | None = None
+    timeout_s: float = TIMEOUT_S
+    memory_limit: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What shapes the engine, as plain JSON values."""
+        shapes = {n: [list(r.least), list(r.typical), list(r.most)] for n, r in self.shapes.items()}
+        return {
+            "sparse": self.sparse,
+            "workspace_mib": self.workspace_mib,
+            "shapes": shapes,
+            "dla_core": self.dla_core,
+            "power_mode": self.power_mode,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +110,10 @@ class EngineInfo:
         warnings: what the builder warned about.
         log_path: everything it said.
         seconds: how long it took.
+        options: what was asked of the builder.
+        fallback: layers that the DLA leaves to the GPU.
+        timing_cache: key, state and sha256 of the timings that it used and left.
+        layers_path: the inspector's JSON, where the engine could be loaded.
         executed: whether the engine ran; building does not run it.
     """
 
@@ -93,15 +127,19 @@ class EngineInfo:
     warnings: tuple[str, ...]
     log_path: Path
     seconds: float
+    options: BuildOptions
+    fallback: tuple[str, ...] = ()
+    timing_cache: Mapping[str, Any] | None = None
+    layers_path: Path | None = None
     executed: bool = False
 
     def precisions(self) -> dict[str, int]:
         """Precision -> number of layers with weights that compute in it."""
-        return dict(sorted(Counter(e.precision for e in self.layers if e.type in _COMPUTE).items()))
+        return dict(sorted(Counter(e.precision for e in self.layers if e.computes).items()))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without times and paths."""
-        return {
+        shown = {
             "sha256": self.sha256,
             "size": self.size,
             "runtime": self.runtime,
@@ -114,6 +152,11 @@ class EngineInfo:
                 {"name": e.name, "type": e.type, "precision": e.precision, "nodes": list(e.nodes)} for e in self.layers
             ],
         }
+        asked = self.options.to_dict() | {
+            "fallback": list(self.fallback),
+            "timing_cache": dict(self.timing_cache or {}),
+        }
+        return shown | {name: value for name, value in asked.items() if value not in (None, False, {}, [])}
 
 
 def build_rtx_engine(
@@ -121,8 +164,8 @@ def build_rtx_engine(
     out_path: Path,
     *,
     compute_capabilities: Sequence[str],
-    timeout_s: float = TIMEOUT_S,
-    memory_limit: int | None = None,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
 ) -> EngineInfo:
     """Build a TensorRT-RTX engine ahead of time; it needs no GPU, and runs nothing.
 
@@ -130,50 +173,44 @@ def build_rtx_engine(
         onnx_path: the model; its file decides every precision.
         out_path: the plan; the builder's log goes beside it with the suffix `.log`.
         compute_capabilities: GPUs to build for, as "8.9" (or "89", "sm_89").
-        timeout_s: seconds after which the builder is killed.
-        memory_limit: bytes that the builder may use.
+        options: shapes and limits. With `sparse` TensorRT-RTX builds the same bytes.
+        progress: called with a fraction and the builder's phase.
 
     Raises:
         TargetError: TensorRT-RTX does not build for one of these GPUs.
         BuildError: it is not installed, refuses the model (every operator is listed with advice), crashes, or runs
-            out of time.
+            out of time, memory or disk; or the options do not fit the model.
     """
     wanted = [_dotted(text) for text in compute_capabilities]
     if not wanted:
         raise TargetError("expected at least one compute capability; got none; name the GPU's, e.g. 8.9")
     if importlib.util.find_spec("tensorrt_rtx") is None:
         raise BuildError("expected TensorRT-RTX; got no Python package tensorrt_rtx; pip install tensorrt-rtx (x86-64)")
-    return _build("tensorrt_rtx", onnx_path, out_path, wanted, timeout_s, memory_limit)
+    return _build("tensorrt_rtx", onnx_path, out_path, wanted, options or BuildOptions(), progress)
 
 
 def why_no_tensorrt() -> str | None:
     """Why TensorRT proper cannot build here, or None where it can be tried."""
     if importlib.util.find_spec("tensorrt") is None:
         return "the Python package tensorrt is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() or shutil.which("nvidia-smi") else "there is no NVIDIA GPU here"
+    if shutil.which("nvidia-smi") or any(Path(name).exists() for name in _GPU_FILES):
+        return None
+    return "there is no NVIDIA GPU here"
 
 
 def build_tensorrt_engine(
-    onnx_path: Path,
-    out_path: Path,
-    *,
-    sparse: bool = False,
-    timeout_s: float = TIMEOUT_S,
-    memory_limit: int | None = None,
+    onnx_path: Path, out_path: Path, *, options: BuildOptions | None = None, progress: Progress | None = None
 ) -> EngineInfo:
-    """Build a TensorRT 10 or 11 engine for the GPU of this machine, strongly typed.
+    """Build a TensorRT 10 or 11 engine for the GPU of this machine, strongly typed. Not executed by us.
 
     Args:
         onnx_path: the model; its file decides every precision.
-        out_path: the plan; the log goes beside it.
-        sparse: allow sparse kernels; whether one was chosen is in the log.
-        timeout_s: seconds after which the builder is killed.
-        memory_limit: bytes that the builder may use.
+        out_path: the plan; the log goes beside it, and the inspector's JSON with the suffix `.layers.json`.
+        options: sparse kernels, shapes, accelerator, timing cache and limits.
+        progress: called with a fraction and the builder's phase.
 
     Raises:
-        BuildError: there is no TensorRT or no GPU (nothing was tried), or the build failed.
+        BuildError: there is no TensorRT or no GPU (nothing was tried), or as `build_rtx_engine`.
     """
     why = why_no_tensorrt()
     if why is not None:
@@ -181,7 +218,7 @@ def build_tensorrt_engine(
             f"expected TensorRT and a GPU to build an engine; got neither tried nor built: {why}; run the build kit on "
             "the device, or take a desktop target that TensorRT-RTX builds for"
         )
-    return _build("tensorrt", onnx_path, out_path, [], timeout_s, memory_limit, sparse=sparse)
+    return _build("tensorrt", onnx_path, out_path, [], options or BuildOptions(), progress)
 
 
 def check_plan(path: Path, *, sha256: str, size: int) -> None:
@@ -210,61 +247,153 @@ def _build(
     onnx_path: Path,
     out_path: Path,
     capabilities: list[str],
-    timeout_s: float,
-    memory_limit: int | None,
-    *,
-    sparse: bool = False,
+    options: BuildOptions,
+    progress: Progress | None,
 ) -> EngineInfo:
     proto = load_onnx(onnx_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
+    _check_shapes(proto, options.shapes, onnx_path)
     log_path = out_path.with_suffix(".log")
-    with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
-        plan = Path(name) / "plan"
-        job = {
-            "runtime": runtime,
-            "onnx": str(Path(onnx_path).resolve()),
-            "out": str(plan),
-            "capabilities": capabilities,
-            "memory_limit": memory_limit,
-            "sparse": sparse,
-        }
-        outcome, result = run_job(__name__, job, log=Path(name) / "log", timeout_s=timeout_s)
-        text = (Path(name) / "log").read_text(errors="replace")
-        atomic_write_text(log_path, text)
-        _refuse(outcome, result, proto, onnx_path, log_path, timeout_s)
-        assert result is not None
-        data = plan.read_bytes()
-    if len(data) < MIN_PLAN_BYTES:
-        raise BuildError(f"expected a plan; got {len(data)} bytes at {onnx_path}; see {log_path}")
-    atomic_write_bytes(out_path, data)
+    # beside its place, so that the finished plan need not cross file systems
+    aside = out_path.with_name(f".{out_path.name}.{os.getpid()}")
+    seen = (0.0, "")
+
+    def note(fraction: float, phase: str) -> None:
+        nonlocal seen
+        seen = (fraction, phase)
+        if progress is not None:
+            progress(fraction, phase)
+
+    try:
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
+            log = Path(name) / "log"
+            job = _job(runtime, onnx_path, aside, capabilities, options)
+            outcome, result = run_job(BUILDER, job, log=log, timeout_s=options.timeout_s, progress=note)
+            text = log.read_text(errors="replace")
+            atomic_write_text(log_path, text)
+        if result is None:
+            raise _silence(outcome, onnx_path, log_path, options, seen)
+        _refuse(result, proto, onnx_path, log_path, options)
+        size = aside.stat().st_size
+        if size < MIN_PLAN_BYTES:
+            raise BuildError(f"expected a plan; got {size} bytes at {onnx_path}; see {log_path}")
+        aside.replace(out_path)
+    except OSError as error:
+        raise disk_error(error, out_path) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    layers, layers_path = _layers(result, text, out_path)
     info = EngineInfo(
         path=out_path,
         sha256=sha256_file(out_path),
-        size=len(data),
+        size=size,
         runtime=runtime,
         runtime_version=str(result["version"]),
         compute_capabilities=tuple(result["capabilities"]),
-        layers=parse_layers(text),
+        layers=layers,
         warnings=tuple(dict.fromkeys(result["warnings"])),
         log_path=log_path,
         seconds=outcome.seconds,
+        options=options,
+        fallback=tuple(result["fallback"]),
+        timing_cache=result["timing_cache"],
+        layers_path=layers_path,
     )
     check_plan(out_path, sha256=info.sha256, size=info.size)
     return info
 
 
-def _refuse(
-    outcome: Outcome, result: dict[str, Any] | None, proto: Any, onnx_path: Path, log_path: Path, timeout_s: float
-) -> None:
-    if result is None:
-        raise BuildError(
-            f"expected an engine; got {outcome.says(timeout_s)} of the builder at {onnx_path}; see {log_path}, which "
-            f"ends with:\n{outcome.tail}"
+def _job(runtime: str, onnx_path: Path, plan: Path, capabilities: list[str], options: BuildOptions) -> dict[str, Any]:
+    """What the worker is told, as JSON values."""
+    folder = options.timing_cache_folder
+    return options.to_dict() | {
+        "runtime": runtime,
+        "onnx": str(Path(onnx_path).resolve()),
+        "out": str(plan.resolve()),
+        "capabilities": capabilities,
+        "gpu_fallback": options.gpu_fallback,
+        "timing_cache_folder": None if folder is None else str(folder.resolve()),
+        "memory_limit": options.memory_limit,
+    }
+
+
+def _layers(result: Mapping[str, Any], log: str, out_path: Path) -> tuple[tuple[EngineLayer, ...], Path | None]:
+    """From the inspector where it was asked, else from the log."""
+    if result["inspector"] is None:
+        return parse_layers(log), None
+    path = out_path.with_suffix(".layers.json")
+    atomic_write_text(path, result["inspector"])
+    return parse_inspection(result["inspector"], where=str(path)).layers, path
+
+
+def _check_shapes(proto: Any, shapes: Mapping[str, ShapeRange], onnx_path: Path) -> None:
+    """Every dynamic input has a range, and every range fits its input."""
+    inputs = {v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in graph_inputs(proto)}
+    strange = sorted(set(shapes) - set(inputs))
+    if strange:
+        raise BuildError(f"expected shapes of the inputs {sorted(inputs)}; got {strange} at {onnx_path}; correct them")
+    for name, dims in inputs.items():
+        if None not in dims and name not in shapes:
+            continue
+        if name not in shapes:
+            shown = [size or "?" for size in dims]
+            raise BuildError(
+                f"expected a range of shapes for the dynamic input {name!r} {shown}; got none at {onnx_path}; give "
+                "least, typical and largest shape, or export with fixed sizes"
+            )
+        chosen = shapes[name]
+        rows = (chosen.least, chosen.typical, chosen.most)
+        fits = all(len(row) == len(dims) for row in rows) and all(
+            0 < low <= middle <= high and (size is None or low == high == size)
+            for low, middle, high, size in zip(*rows, dims, strict=True)
         )
+        if not fits:
+            shown = [size or "?" for size in dims]
+            raise BuildError(
+                f"expected least <= typical <= largest shape of {name!r} {shown}, fixed sizes as they are; got "
+                f"{' / '.join(map(str, rows))} at {onnx_path}; correct the range"
+            )
+
+
+def _silence(
+    outcome: Outcome, onnx_path: Path, log_path: Path, options: BuildOptions, seen: tuple[float, str]
+) -> BuildError:
+    """Why the worker ended without an answer."""
+    if _OUT_OF_MEMORY.search(outcome.tail):
+        return _out_of_memory(onnx_path, log_path, options)
+    fraction, phase = seen
+    during = f" (in {phase!r}, {100 * fraction:.0f} % done)" if outcome.code is None and phase else ""
+    return BuildError(
+        f"expected an engine; got {outcome.says(options.timeout_s)} of the builder{during} at {onnx_path}; see "
+        f"{log_path}, which ends with:\n{outcome.tail}"
+    )
+
+
+def _out_of_memory(onnx_path: Path, log_path: Path, options: BuildOptions) -> BuildError:
+    limit = options.memory_limit
+    within = "the memory of this machine" if limit is None else f"{limit / 2**20:.0f} MiB of memory"
+    return BuildError(
+        f"expected the builder to do with {within}; got out of memory at {onnx_path}; raise the limit, lower the "
+        f"workspace, or build on a larger machine; see {log_path}"
+    )
+
+
+def _refuse(result: Mapping[str, Any], proto: Any, onnx_path: Path, log_path: Path, options: BuildOptions) -> None:
+    """Turn an answer without a plan into an error that says what to do."""
+    if result.get("os_error"):
+        raise OSError(*result["os_error"])
+    errors = "\n  ".join(result.get("errors", ())[-TAIL_LINES:])
+    if result.get("out_of_memory") or _OUT_OF_MEMORY.search(errors):
+        raise _out_of_memory(onnx_path, log_path, options)
     if result.get("unsupported"):
         raise TargetError(
             f"expected a GPU of compute capability {', '.join(result['supported'])}, which TensorRT-RTX builds for; "
             f"got {', '.join(result['unsupported'])}; an engine for it is built on the device: use the build kit"
+        )
+    if result.get("refused"):
+        raise BuildError(
+            f"expected a builder that can do what was asked; got: {result['refused']}; at {onnx_path}; change the "
+            "build options, or build elsewhere"
         )
     if result.get("parser_errors"):
         lines = [_parser_line(fault, proto) for fault in result["parser_errors"]]
@@ -273,9 +402,8 @@ def _refuse(
             + "\n  ".join(lines)
         )
     if result.get("failed"):
-        errors = "\n  ".join(result["errors"][-TAIL_LINES:]) or "no message"
         raise BuildError(
-            f"expected an engine; got none from the builder at {onnx_path}:\n  {errors}\n"
+            f"expected an engine; got none from the builder at {onnx_path}:\n  {errors or 'no message'}\n"
             f"take another precision or rewrite the layer that it names; all of its log is in {log_path}"
         )
 
@@ -293,121 +421,3 @@ def _reduces(node: Any) -> bool:
     return node.op_type.startswith("Scatter") and any(
         a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute
     )
-
-
-def parse_layers(log: str) -> tuple[EngineLayer, ...]:
-    """Layers from the builder's verbose dump (`Layers:` and one line a layer).
-
-    The precision of a layer with weights is that of its first input; of any other, of its first output.
-    """
-    layers = []
-    for line in log.splitlines():
-        match = _LAYER.search(line)
-        if match is None:
-            continue
-        inputs, outputs = _types(match["inputs"]), _types(match["outputs"])
-        order = (inputs, outputs) if match["type"] in _COMPUTE else (outputs, inputs)
-        found = next((types[0] for types in order if types), "unknown")
-        nodes = tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", line))
-        layers.append(
-            EngineLayer(name=match["name"], type=match["type"], precision=_DATATYPES.get(found, found), nodes=nodes)
-        )
-    return tuple(layers)
-
-
-def _types(section: str) -> list[str]:
-    return re.findall(r"Datatype: (\w+)", section)
-
-
-# --- in the worker ---------------------------------------------------------------------------------------------------
-
-
-def _main() -> None:
-    job = read_job()
-    trt = importlib.import_module(job["runtime"])
-    logger = _recorder(trt)
-    builder = trt.Builder(logger)
-    supported = _supported(trt) if job["capabilities"] else []
-    unsupported = [c for c in job["capabilities"] if c not in supported]
-    if unsupported:
-        answer(job, {"unsupported": unsupported, "supported": supported})
-        return
-    network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(job["onnx"]):
-        answer(job, {"parser_errors": _faults(parser, job["onnx"])})
-        return
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if job["capabilities"]:
-        config.num_compute_capabilities = len(job["capabilities"])
-        for index, capability in enumerate(job["capabilities"]):
-            config.set_compute_capability(getattr(trt.ComputeCapability, _enum_name(capability)), index)
-    if job["sparse"]:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        answer(job, {"failed": True, "errors": logger.errors})
-        return
-    Path(job["out"]).write_bytes(bytes(plan))
-    answer(
-        job, {"version": trt.__version__, "warnings": logger.warnings, "capabilities": job["capabilities"] or _gpu()}
-    )
-
-
-def _recorder(trt: Any) -> Any:
-    class Recorder(trt.ILogger):  # type: ignore[misc]  # the library may not be there when types are checked
-        """Writes everything to the log, and keeps errors and warnings."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            name = str(severity).rpartition(".")[2]
-            print(f"[{name}] {message}", flush=True)  # noqa: T201  stdout is the worker's log
-            if name in ("ERROR", "INTERNAL_ERROR"):
-                self.errors.append(message)
-            elif name == "WARNING":
-                self.warnings.append(message.strip())
-
-    return Recorder()
-
-
-def _network_flags(trt: Any) -> int:
-    """Strong typing where it is a choice (TensorRT 10); from 11 on, and in TensorRT-RTX, there is no other."""
-    flag = getattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
-
-
-def _supported(trt: Any) -> list[str]:
-    names = [n for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n)]
-    return sorted((f"{n[2:-1]}.{n[-1]}" for n in names), key=float)
-
-
-def _enum_name(capability: str) -> str:
-    return f"SM{capability.replace('.', '')}"
-
-
-def _gpu() -> list[str]:
-    import torch
-
-    return [".".join(map(str, torch.cuda.get_device_capability(0)))] if torch.cuda.is_available() else []
-
-
-def _faults(parser: Any, path: str) -> list[dict[str, str]]:
-    """What the parser refused; it stops at the first failed assertion, so all its unknown operators are added."""
-    found = {}
-    for error in (parser.get_error(i) for i in range(parser.num_errors)):
-        key = (error.node_operator(), error.node_name())
-        found[key] = {"operator": key[0], "node": key[1], "description": error.desc().strip()}
-    for node in load_onnx(Path(path)).graph.node:
-        key = (node.op_type, node.name)
-        if key not in found and not parser.supports_operator(node.op_type):
-            found[key] = {"operator": key[0], "node": key[1], "description": ""}
-    return list(found.values())
-
-
-if __name__ == "__main__":
-    _main()

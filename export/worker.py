@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TAIL_LINES = 12
+POLL_S = 0.2
+Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class Outcome:
 
 
 def run_job(
-    module: str, job: Mapping[str, Any], *, log: Path, timeout_s: float
+    module: str, job: Mapping[str, Any], *, log: Path, timeout_s: float, progress: Progress | None = None
 ) -> tuple[Outcome, dict[str, Any] | None]:
     """Run `python -m module` on a job; stdout and stderr go to `log`, and nothing of it outlives the call.
 
@@ -51,6 +54,7 @@ def run_job(
         job: what to do, as JSON values; the worker gets it from `read_job` and answers with `answer`.
         log: file that receives what the worker writes.
         timeout_s: seconds after which it is killed.
+        progress: called with a fraction and a word whenever the worker told something new with `tell_progress`.
 
     Returns:
         How it ended, and its answer where it gave one; nothing is raised for a failure of the worker.
@@ -59,8 +63,8 @@ def run_job(
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fusepress-") as folder, log.open("wb") as output:
-        answer_path = Path(folder) / "answer.json"
-        text = json.dumps({**job, "answer": str(answer_path)})
+        answer_path, told = Path(folder) / "answer.json", Path(folder) / "progress.json"
+        text = json.dumps({**job, "answer": str(answer_path), "progress": str(told)})
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
@@ -70,16 +74,32 @@ def run_job(
             start_new_session=True,
         )
         try:
-            process.communicate(text.encode(), timeout=timeout_s)
-            code: int | None = process.returncode
-        except subprocess.TimeoutExpired:
-            code = None
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # it may die before it reads
+                process.stdin.write(text.encode())
+            code = _wait(process, begin + timeout_s, told, progress)
         finally:
             if process.poll() is None:  # too slow, or we were interrupted
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         result = json.loads(answer_path.read_text()) if answer_path.exists() else None
     return Outcome(code=code, seconds=time.monotonic() - begin, tail=tail_of(log)), result
+
+
+def _wait(process: subprocess.Popen[bytes], end: float, told: Path, progress: Progress | None) -> int | None:
+    """Its exit status, or None where it is still at work at `end` (monotonic seconds)."""
+    last = ""
+    while True:
+        left = end - time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=max(0.0, left if progress is None else min(left, POLL_S)))
+        if left <= 0:
+            return None
+        text = told.read_text() if progress is not None and told.exists() else ""
+        if progress is not None and text != last:
+            entry = json.loads(text)
+            progress(float(entry["fraction"]), str(entry["note"]))
+            last = text
 
 
 def read_job() -> dict[str, Any]:
@@ -93,9 +113,17 @@ def read_job() -> dict[str, Any]:
 
 def answer(job: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """In the worker: answer, whole or not at all."""
-    path = Path(job["answer"])
+    _write_whole(Path(job["answer"]), result)
+
+
+def tell_progress(job: Mapping[str, Any], fraction: float, note: str) -> None:
+    """In the worker: how far it is, between 0 and 1, and with what."""
+    _write_whole(Path(job["progress"]), {"fraction": fraction, "note": note})
+
+
+def _write_whole(path: Path, content: Mapping[str, Any]) -> None:
     aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(result))
+    aside.write_text(json.dumps(content))
     aside.replace(path)
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from fusepress.export.engine import EngineInfo, build_rtx_engine, build_tensorrt_engine, check_plan, parse_layers
+from fusepress.export import engine as engine_module
+from fusepress.export.builder import Phases
+from fusepress.export.engine import (
+    BuildOptions,
+    EngineInfo,
+    ShapeRange,
+    build_rtx_engine,
+    build_tensorrt_engine,
+    check_plan,
+)
 from fusepress.export.onnx import export_onnx
-from fusepress.pipeline.errors import BuildError, TargetError
+from fusepress.export.timing_cache import TimingCacheFile
+from fusepress.pipeline.errors import BuildError, StoreError, TargetError
 from tests.export_toys import inputs, two_branch
 
 needs_rtx = pytest.mark.skipif(
@@ -108,11 +124,212 @@ def test_every_refused_operator_is_listed_with_advice(tmp_path: Path) -> None:
 
 @needs_rtx
 def test_a_builder_that_is_too_slow_or_short_of_memory_is_told(model: Path, tmp_path: Path) -> None:
+    def build(options: BuildOptions) -> None:
+        build_rtx_engine(model, tmp_path / "m.engine", compute_capabilities=["8.9"], options=options)
+
     with pytest.raises(BuildError, match=r"(?s)got no answer within 0\.05 s of the builder"):
-        build_rtx_engine(model, tmp_path / "m.engine", compute_capabilities=["8.9"], timeout_s=0.05)
-    with pytest.raises(BuildError, match=r"(?s)expected an engine; got .* of the builder at .*; see .*m\.log"):
-        build_rtx_engine(model, tmp_path / "m.engine", compute_capabilities=["8.9"], memory_limit=30 << 20)
+        build(BuildOptions(timeout_s=0.05))
+    with pytest.raises(BuildError, match=r"do with 30 MiB of memory; got out of memory at .*; raise the limit"):
+        build(BuildOptions(memory_limit=30 << 20))
     assert not (tmp_path / "m.engine").exists()
+
+
+@needs_rtx
+def test_a_full_disk_during_the_build_is_told(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.engine"
+    out.with_name(f".{out.name}.{os.getpid()}").symlink_to("/dev/full")  # where the worker writes the plan
+    with pytest.raises(StoreError, match=r"expected room for m\.engine; got a full disk at .*; free some space"):
+        build_rtx_engine(model, out, compute_capabilities=["8.9"])
+    assert {path.name for path in tmp_path.iterdir()} == {"m.log"}
+
+
+@needs_rtx
+def test_progress_rises_and_timings_are_kept_and_used_again(model: Path, engine: EngineInfo, tmp_path: Path) -> None:
+    told: list[float] = []
+    options = BuildOptions(timing_cache_folder=tmp_path / "timings", workspace_mib=64)
+    states = []
+    for name in ("a", "b"):
+        info = build_rtx_engine(
+            model,
+            tmp_path / name,
+            compute_capabilities=["8.9"],
+            options=options,
+            progress=lambda fraction, _phase: told.append(fraction),
+        )
+        assert info.timing_cache is not None
+        states.append(info.timing_cache["state"])
+    assert states == ["new", "reused"]
+    assert told
+    assert all(0 <= fraction <= 1 for fraction in told)
+    assert info.to_dict()["timing_cache"]["state"] == "reused"
+    assert "timing_cache" not in engine.to_dict()
+
+
+def _dynamic(path: Path) -> Path:
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"], name="Relu")],
+        "g",
+        [value("x", TensorProto.FLOAT, ["n", 8])],
+        [value("y", TensorProto.FLOAT, ["n", 8])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+@needs_rtx
+def test_a_dynamic_input_is_built_for_its_range_of_shapes(tmp_path: Path) -> None:
+    path = _dynamic(tmp_path / "dynamic.onnx")
+    shapes = {"x": ShapeRange(least=(1, 8), typical=(4, 8), most=(16, 8))}
+    info = build_rtx_engine(
+        path, tmp_path / "m.engine", compute_capabilities=["8.9"], options=BuildOptions(shapes=shapes)
+    )
+    assert "MinShape: [1,8], OptShape: [4,8], MaxShape: [16,8]" in info.log_path.read_text()
+    assert info.to_dict()["shapes"] == {"x": [[1, 8], [4, 8], [16, 8]]}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({}, r"expected a range of shapes for the dynamic input 'x' \['\?', 8\]; got none"),
+        ({"x": ((1, 8), (4, 8), (2, 8))}, r"expected least <= typical <= largest shape of 'x'"),
+        ({"x": ((1, 8), (4, 9), (4, 9))}, r"fixed sizes as they are; got \(1, 8\) / \(4, 9\)"),
+        ({"x": ((1,), (4,), (4,))}, "expected least <= typical <= largest shape of 'x'"),
+        ({"z": ((1, 8), (4, 8), (4, 8))}, r"expected shapes of the inputs \['x'\]; got \['z'\]"),
+    ],
+    ids=["none", "falling", "fixed-size", "rank", "name"],
+)
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_built(
+    tmp_path: Path, shapes: dict[str, Any], message: str
+) -> None:
+    ranges = {name: ShapeRange(least=a, typical=b, most=c) for name, (a, b, c) in shapes.items()}
+    with pytest.raises(BuildError, match=message):
+        build_rtx_engine(
+            _dynamic(tmp_path / "dynamic.onnx"),
+            tmp_path / "m.engine",
+            compute_capabilities=["8.9"],
+            options=BuildOptions(shapes=ranges),
+        )
+    assert not (tmp_path / "m.log").exists()
+
+
+@needs_rtx
+def test_an_accelerator_that_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="got: DLA core 0 was asked for and there are 0 here"):
+        build_rtx_engine(model, tmp_path / "m.engine", compute_capabilities=["8.9"], options=BuildOptions(dla_core=0))
+
+
+# --- TensorRT 8, 10 and 11: the branches, on a test double; nothing is built ------------------------------------------
+
+
+@pytest.fixture(params=[10, 11])
+def double(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A module called tensorrt that is our test double, beside a GPU that is a file."""
+    return _play(int(request.param), tmp_path, monkeypatch)
+
+
+def _play(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    folder = tmp_path / "double"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("tensorrt_double.py"), folder / "tensorrt.py")
+    (folder / "gpu").touch()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("TENSORRT_DOUBLE", str(version))
+    monkeypatch.setattr(engine_module, "_GPU_FILES", (str(folder / "gpu"),))
+    importlib.invalidate_caches()
+    return version
+
+
+def test_the_double_is_asked_for_what_the_options_say(double: int, model: Path, tmp_path: Path) -> None:
+    options = BuildOptions(sparse=True, workspace_mib=3, timing_cache_folder=tmp_path / "timings", power_mode="MAXN")
+    info = build_tensorrt_engine(model, tmp_path / "m.plan", options=options)
+    plan = json.loads(info.path.read_bytes())
+    assert plan["strongly_typed"]
+    assert plan["flags"] == [2]
+    assert plan["pools"] == {"0": 3 << 20}
+    assert info.runtime_version.startswith(str(double))
+    assert {layer.precision for layer in info.layers} == {"fp16"}
+    assert info.layers_path == tmp_path / "m.layers.json"
+    by_node = {node: layer for layer in info.layers for node in layer.nodes}
+    assert by_node["fuse/Conv"].has_sparse_weights is True
+    assert not info.executed
+    assert "(Sparsity) Layers eligible" in info.log_path.read_text()
+
+
+def test_a_timing_cache_that_was_changed_or_is_not_accepted_is_started_anew(
+    double: int, model: Path, tmp_path: Path
+) -> None:
+    options = BuildOptions(timing_cache_folder=tmp_path / "timings")
+
+    def build() -> dict[str, Any]:
+        cache = build_tensorrt_engine(model, tmp_path / "m.plan", options=options).timing_cache
+        assert cache is not None
+        return dict(cache)
+
+    assert build()["state"] == "new"
+    path = next((tmp_path / "timings").glob("*.timing"))
+    path.write_bytes(b"timings of another hand")
+    assert build()["state"] == "damaged, so started anew"
+    identity = json.loads(path.with_suffix(".json").read_text())["identity"]
+    TimingCacheFile(folder=path.parent, identity=identity).write(b"of another device")
+    assert build()["state"] == "not accepted by the builder, so started anew"
+    assert build()["state"] == "reused"
+
+
+def test_layers_that_the_accelerator_leaves_to_the_gpu_are_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _play(10, tmp_path, monkeypatch)
+    info = build_tensorrt_engine(model, tmp_path / "m.plan", options=BuildOptions(dla_core=1))
+    assert "GridSample" in info.fallback
+    assert not {"fuse/Conv", "Relu"} & set(info.fallback)
+    assert json.loads(info.path.read_bytes())["device"] == [1, 1]
+    assert info.to_dict()["fallback"] == list(info.fallback)
+    with pytest.raises(BuildError, match=r"these layers do not run on the DLA: .*GridSample"):
+        build_tensorrt_engine(model, tmp_path / "n.plan", options=BuildOptions(dla_core=1, gpu_fallback=False))
+
+
+def test_a_version_without_strong_typing_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _play(8, tmp_path, monkeypatch)
+    with pytest.raises(BuildError, match=r"version 8\.5\.2 has no strong typing"):
+        build_tensorrt_engine(model, tmp_path / "m.plan")
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_nested_phases_rise_to_one_and_never_fall(steps: list[int]) -> None:
+    phases, seen = Phases(), [0.0]
+
+    def run(depth: int, parent: str | None) -> None:
+        name = f"phase {depth}"
+        phases.start(name, parent, steps[depth])
+        for step in range(steps[depth]):
+            if depth + 1 < len(steps):
+                run(depth + 1, name)
+            phases.step(name, step)
+            seen.append(phases.fraction)
+        phases.finish(name)
+
+    run(0, None)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_a_phase_counts_as_part_of_a_step_of_its_parent() -> None:
+    phases = Phases()
+    phases.start("outer", None, 4)
+    phases.step("outer", 0)
+    phases.start("inner", "outer", 2)
+    phases.step("inner", 0)
+    assert phases.fraction == pytest.approx((1 + 1 / 2) / 4)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_with_other_bytes_is_refused(tmp_path: Path) -> None:
@@ -130,18 +347,3 @@ def test_a_plan_with_other_bytes_is_refused(tmp_path: Path) -> None:
 def test_tensorrt_that_is_not_there_was_not_tried(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"got neither tried nor built: the Python package tensorrt is not installed"):
         build_tensorrt_engine(model, tmp_path / "m.engine")
-
-
-def test_layers_are_read_from_the_dump() -> None:
-    tensor = "{ Name: t, Dimensions: [1,20,4], Strides: [80,4,1], Datatype: %s, Format: (Linear) Row major }"
-    line = (
-        f"Name: fuse/Conv_myl0_6, LayerType: correlation, Inputs: [ {tensor % 'Int8'}], "
-        f"Constants: [ {tensor % 'Int8'}, {tensor % 'Float'}], Outputs: [ {tensor % 'Half'}], "
-        "TacticName: stub, StreamId: 0, Metadata: [ONNX Layer: fuse/Conv][ONNX Layer: q]"
-    )
-    move = f"Name: m, LayerType: kgen, Inputs: [], Constants: [], Outputs: [ {tensor % 'Half'}], TacticName: t, "
-    layers = parse_layers(f"[VERBOSE] Layers:\n{line}\n{move}\n[INFO] done\n")
-    assert [(e.name, e.type, e.precision, e.nodes) for e in layers] == [
-        ("fuse/Conv_myl0_6", "correlation", "int8", ("fuse/Conv", "q")),
-        ("m", "kgen", "fp16", ()),
-    ]

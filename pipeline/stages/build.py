@@ -38,14 +38,18 @@ class Build(NoLatency):
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write model.engine, or kit/ for a device that must build for itself."""
         if ctx.profile.runtime == "tensorrt_rtx":
-            from fusepress.export.engine import build_rtx_engine
+            from fusepress.export.engine import BuildOptions, build_rtx_engine
 
             assert ctx.profile.compute_capability is not None
             ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
             capabilities = [ctx.profile.compute_capability]
             engine = out / "model.engine"
             info = build_rtx_engine(
-                ctx.artifacts["onnx"], engine, compute_capabilities=capabilities, timeout_s=BUILD_TIMEOUT_S
+                ctx.artifacts["onnx"],
+                engine,
+                compute_capabilities=capabilities,
+                options=BuildOptions(timeout_s=BUILD_TIMEOUT_S),
+                progress=lambda fraction, phase: ctx.reporter.update(0.1 + 0.9 * fraction, phase),
             )
             note = "built ahead of time by TensorRT-RTX and not executed"
             return StageOutput(
