@@ -290,7 +290,7 @@ def _module_path(node: Any, modules: set[str]) -> str:
 
 
 def lower_opset(proto: Any, opset: int) -> None:
-    """Rewrite a model of operator set 18 to 20 in place for an older one (17), where its operators allow it.
+    """Rewrite a model of operator set 18 to 20 in place for an older one (17 to 19), where its operators allow it.
 
     The converter of the onnx package leaves attributes behind that the older version does not know; here only what
     changed in between is rewritten, and the checker decides.
@@ -303,16 +303,8 @@ def lower_opset(proto: Any, opset: int) -> None:
     _constants_to_initializers(proto.graph)
     constants = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type in _REDUCTIONS:
-            _axes_to_attribute(node, constants, proto)
-        elif node.op_type == "Split":
-            _drop_num_outputs(node)
-        elif node.op_type in ("Pad", "Resize"):
-            _refuse_axes(node)
-        elif node.op_type in ("ScatterND", "ScatterElements"):
-            reduction = _attribute(node, "reduction")
-            if reduction in (b"max", b"min"):
-                raise _too_new(node, f"reduction={reduction.decode()}", opset)
+        if opset < EXPORTER_OPSET:
+            _say_as_17(node, constants, proto, opset)
         for (op_type, name), default in _DROPPED_WITH_DEFAULT.items():
             if node.op_type == op_type:
                 _drop_default(node, name, default, opset)
@@ -322,6 +314,20 @@ def lower_opset(proto: Any, opset: int) -> None:
     for node in proto.graph.node:
         if node.domain in ("", "ai.onnx") and node.op_type not in known:
             raise _too_new(node, "it is newer", opset)
+
+
+def _say_as_17(node: Any, constants: dict[str, Any], proto: Any, opset: int) -> None:
+    """What operator set 18 says in another way than 17."""
+    if node.op_type in _REDUCTIONS:
+        _axes_to_attribute(node, constants, proto)
+    elif node.op_type == "Split":
+        _drop_num_outputs(node)
+    elif node.op_type in ("Pad", "Resize"):
+        _refuse_axes(node)
+    elif node.op_type in ("ScatterND", "ScatterElements"):
+        reduction = _attribute(node, "reduction")
+        if reduction in (b"max", b"min"):
+            raise _too_new(node, f"reduction={reduction.decode()}", opset)
 
 
 def _operators_of(opset: int) -> set[str]:
