@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusepress.pipeline.recipe import load_recipe
@@ -309,21 +312,61 @@ def trainer() -> Any:
     return module
 
 
-@pytest.mark.parametrize(("steps", "told"), [("2000", False), ("3000", True)])
-def test_a_result_of_another_command_is_kept_but_said_so(
-    tmp_path: Path, trainer: Any, caplog: pytest.LogCaptureFixture, steps: str, told: bool
+COMMAND = (
+    "python examples/street/train_multi.py {} --steps {} --seed 0 --lr 0.002 --distill-weight 1 --threads 1 "
+    "--precision bf16"
+)
+
+
+def test_a_result_of_the_same_command_is_kept_and_of_another_one_refused(tmp_path: Path, trainer: Any) -> None:
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    made = COMMAND.format("waypoints", 2000)
+    (folder / "waypoints.json").write_text(json.dumps({"command": made}))
+    trainer.main(["waypoints", "--steps", "2000", "--out", str(tmp_path)])
+    expected = re.escape(f"expected a result of {COMMAND.format('waypoints', 3000)!r}; got one of {made!r} at ")
+    with pytest.raises(ValueError, match=rf"{expected}.*waypoints\.json; remove it to make it again, or name another"):
+        trainer.main(["depth", "waypoints", "--steps", "3000", "--out", str(tmp_path)])  # before depth is trained
+    assert [path.name for path in folder.iterdir()] == ["waypoints.json"]
+
+
+def test_a_student_whose_teachers_changed_since_is_refused(
+    tmp_path: Path, trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "seed-0"
     folder.mkdir()
-    command = (
-        "python examples/street/train_multi.py depth --steps 2000 --seed 0 --lr 0.002 --distill-weight 1 --threads 1 "
-        "--precision bf16"
-    )
-    (folder / "depth.json").write_text(json.dumps({"command": command}))
-    trainer.main(["depth", "--steps", steps, "--out", str(tmp_path)])
+    for name in trainer.EXPERTS:
+        (folder / f"{name}.safetensors").write_bytes(name.encode())
+    record = {"command": COMMAND.format("distilled", 2000), "experts_sha256": trainer.experts_sha256(folder)}
+    (folder / "distilled.json").write_text(json.dumps(record))
+    again = ["distilled", "--steps", "2000", "--out", str(tmp_path)]
+    trainer.main(again)
+    (folder / "depth.safetensors").write_bytes(b"another")
+    old, new = (hashlib.sha256(text).hexdigest() for text in (b"depth", b"another"))
+    with pytest.raises(
+        ValueError,
+        match=rf"expected the depth expert that taught distilled, sha256 {old}; got {new} at .*; remove distilled.json",
+    ):
+        trainer.main(again)
+    (folder / "distilled.json").write_text(json.dumps({"command": record["command"]}))
+    trainer.main(again)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [f"but from another command: {command}" in text for text in warned] == [True] * told
-    assert [path.name for path in folder.iterdir()] == ["depth.json"]
+    assert len(warned) == 1
+    assert "it is unknown which weights of the experts taught distilled" in warned[0]
+
+
+def test_a_student_records_its_teachers(tmp_path: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    for name in trainer.EXPERTS:
+        save_file(trainer.task_of(name).build_model().state_dict(), folder / f"{name}.safetensors")
+    monkeypatch.setitem(sys.modules["task"].SAMPLES, "eval", 8)
+    monkeypatch.setattr(sys.modules["street_training"], "NORM_BATCHES", 1)
+    trainer.main(["distilled", "--steps", "1", "--out", str(tmp_path)])
+    record = json.loads((folder / "distilled.json").read_text())
+    assert record["experts_sha256"] == {
+        name: hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest() for name in trainer.EXPERTS
+    }
 
 
 def test_students_are_compared_with_the_experts_in_parallel(trainer: Any) -> None:

@@ -1,8 +1,8 @@
 """Trains the street's experts and multi-task students. `python examples/street/train_multi.py --out runs/multi`.
 
-Each run ends with NAME.safetensors and NAME.json in OUT/seed-SEED; what is there already is not made again, and a run
-that was killed goes on from its last checkpoint. A step of batch 8 takes 0.16 to 0.5 s on one core with AVX-512 bf16,
-so that all runs of one seed take about an hour:
+Each run ends with NAME.safetensors and NAME.json in OUT/seed-SEED; what is there already is not made again, but refused
+where another command made it or its teachers changed since, and a run that was killed goes on from its last checkpoint.
+A step of batch 8 takes 0.16 to 0.5 s on one core with AVX-512 bf16, so that all runs of one seed take about an hour:
 
 * an expert for each task: the same network with its own backbone and its own head only;
 * `student`: all tasks on one backbone, from the labels alone;
@@ -33,6 +33,7 @@ from torch import nn
 
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.recovery.finetune import TrainProgress
+from fusepress.pipeline.store import sha256_file
 from fusepress.pipeline.task import LoadedTask, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -73,21 +74,60 @@ def experts_of(folder: Path) -> dict[str, nn.Module]:
     return members
 
 
-def make(name: str, folder: Path, options: argparse.Namespace) -> None:
-    """One run: train, judge, write; nothing where its result is there already."""
-    record_path = folder / f"{name}.json"
-    if record_path.is_file():
-        made = json.loads(record_path.read_text())["command"]
-        LOG.info("%s is there already", name)
-        if made != _command(name, options):
-            LOG.warning("but from another command: %s; to make it again, remove %s", made, record_path)
+def experts_sha256(folder: Path) -> dict[str, str]:
+    """Hashes of the weights of those experts that are there."""
+    paths = {name: folder / f"{name}.safetensors" for name in EXPERTS}
+    return {name: sha256_file(path) for name, path in paths.items() if path.is_file()}
+
+
+def is_made(name: str, folder: Path, options: argparse.Namespace) -> bool:
+    """Whether a run's result is there.
+
+    Raises:
+        ValueError: it is there, but another command's, or its teachers changed since.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text())
+    if record["command"] != _command(name, options):
+        raise ValueError(
+            f"expected a result of {_command(name, options)!r}; got one of {record['command']!r} at {path}; remove it "
+            "to make it again, or name another folder with --out"
+        )
+    check_teachers(name, folder, record)
+    return True
+
+
+def check_teachers(name: str, folder: Path, record: Mapping[str, Any]) -> None:
+    """Check that the experts which taught a run are those beside it.
+
+    Raises:
+        ValueError: an expert has other weights now.
+    """
+    if name != "distilled":
         return
+    taught_by = record.get("experts_sha256")
+    if taught_by is None:  # from before hashes were recorded
+        LOG.warning("it is unknown which weights of the experts taught %s: %s.json does not say", name, folder / name)
+        return
+    for expert, now in experts_sha256(folder).items():
+        if now != taught_by[expert]:
+            raise ValueError(
+                f"expected the {expert} expert that taught {name}, sha256 {taught_by[expert]}; got {now} at "
+                f"{folder / expert}.safetensors; remove {name}.json to learn from it again, or put the expert back"
+            )
+
+
+def make(name: str, folder: Path, options: argparse.Namespace) -> None:
+    """One run: train, judge, write."""
     began, task = time.monotonic(), task_of(name)
     torch.manual_seed(options.seed)
     model = task.build_model()
     if name == "detect":
         load_backbone(model, HERE / "street.safetensors")
     experts = experts_of(folder) if name == "distilled" else None
+    taught_by = experts_sha256(folder) if experts else None
     steps = options.detect_steps if name == "detect" else options.steps
     model = fit(
         task,
@@ -112,6 +152,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
         "batch": task.user.batch_size,
         "lr": options.lr,
         "distill_weight": options.distill_weight if experts else None,
+        "experts_sha256": taught_by,
         "precision": options.precision,
         "threads": options.threads,
         "minutes_since_start_or_resume": round((time.monotonic() - began) / 60, 1),
@@ -121,7 +162,7 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> None:
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "metrics": found.metrics,
     }
-    record_path.write_text(json.dumps(record, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     LOG.info("%s %s", name, " ".join(f"{metric}={value:.3f}" for metric, value in found.metrics.items()))
 
 
@@ -166,6 +207,8 @@ def _table(folder: Path) -> None:
     if absent:
         LOG.info("no table yet: %s not trained", ", ".join(absent))
         return
+    for name, record in records.items():
+        check_teachers(name, folder, record)
     rows = compare(records)
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     for name, row in rows.items():
@@ -192,8 +235,12 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     folder = options.out / f"seed-{options.seed}"
     wanted = options.runs or RUNS
-    for name in (*RUNS, *OTHERS):
-        if name in wanted:
+    chosen = [name for name in (*RUNS, *OTHERS) if name in wanted]
+    made = [name for name in chosen if is_made(name, folder, options)]  # before hours of training: it may refuse
+    for name in chosen:
+        if name in made:
+            LOG.info("%s is there already", name)
+        else:
             make(name, folder, options)
     _table(folder)
 
