@@ -21,6 +21,7 @@ from fusepress.pipeline.graph.masks import MaskHolder, masks_2to4, violations_2t
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.finetune import TrainProgress, finetune
 from fusepress.pipeline.recovery.sparselora import MaskedLowRank, SparseLora, attach, choose_ranks
+from fusepress.pipeline.recovery.weighting import shared_parameters
 from fusepress.pipeline.task import LoadedTask, load_task
 
 TESTS = Path(__file__).parent
@@ -286,6 +287,23 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(task: LoadedTask, tmp_pa
     assert weights_bytes(straight) == weights_bytes(resumed)
     other, _ = trained(task, tmp_path / "b", seed=1)  # other start values: not the same run
     assert weights_bytes(other) != weights_bytes(straight)
+
+
+@pytest.mark.parametrize("shared", ["drop.0.weight", "drop.0", None], ids=["weight", "module", "found"])
+def test_gradnorm_measures_at_the_updates_of_a_shared_weight(
+    task: LoadedTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str | None
+) -> None:
+    monkeypatch.setattr(type(task.user), "shared", shared, raising=False)
+    student, teacher = sys.modules[type(task.user).__module__].models()
+    student.drop = nn.Sequential(nn.Linear(16, 16), nn.ReLU())  # what fuses the branches
+    lora = attach(student, masks_2to4(student)[0], **{**OPTIONS, "max_trainable": 0.9})
+    update = student.get_submodule("drop.0.parametrizations.weight.0")
+    assert isinstance(update, MaskedLowRank)
+    assert [id(p) for p in shared_parameters(student, task, 0)] == [id(update.a), id(update.b)]
+    config = CONFIG.model_copy(update={"loss_weights": "gradnorm", "gradnorm_every": 1, "steps": 3})
+    history = finetune(student, teacher, task, config, seed=3, workdir=tmp_path).history
+    assert all(sum(point["weights"].values()) == pytest.approx(len(point["weights"])) for point in history)
+    lora.merge()
 
 
 @pytest.mark.parametrize("changed", [{"alpha": 12.0}, {"mask_sum": False}], ids=["scale", "plain"])

@@ -322,7 +322,8 @@ def shared_parameters(student: nn.Module, task: LoadedTask, seed: int) -> list[n
 
     Args:
         student: the model that is trained.
-        task: `shared` may name parameters, or modules, of which it means the weights.
+        task: `shared` may name parameters, or modules, of which it means the weights; a weight with a low-rank update
+            means the update's parameters.
         seed: of the batch that shows where the fuser is.
 
     Raises:
@@ -334,16 +335,20 @@ def shared_parameters(student: nn.Module, task: LoadedTask, seed: int) -> list[n
         device = next(iter(student.parameters())).device
         batch = on_device(rng.draw(task.train_batches(seed), seed, 0), device)
         fuser = find_fuser(student, batch.inputs, task.branches)
-        found = [p for name, p in trained.items() if fuser is not None and name.startswith(f"{fuser}.") and p.dim() > 1]
-        if not found:
+        inside = [n for n, p in trained.items() if fuser is not None and n.startswith(f"{fuser}.") and p.dim() > 1]
+        if not inside:
             raise TaskError(
                 "expected a module with trained weights between the branches and the heads, for gradnorm; got "
                 f"{fuser!r}; name the last layer that all losses share in {task.name}.shared"
             )
-        return found[-1:]
+        return [p for name, p in trained.items() if _weight_of(name) == _weight_of(inside[-1])]
     shared = []
     for path in [declared] if isinstance(declared, str) else list(declared):
-        found = [p for name, p in trained.items() if name == path or (name.startswith(f"{path}.") and p.dim() > 1)]
+        found = [
+            p
+            for name, p in trained.items()
+            if _weight_of(name) == path or (name.startswith(f"{path}.") and p.dim() > 1)
+        ]
         if not found:
             raise TaskError(
                 f"expected {task.name}.shared to name trained parameters, or modules that have some; got {path!r}; the "
@@ -351,6 +356,12 @@ def shared_parameters(student: nn.Module, task: LoadedTask, seed: int) -> list[n
             )
         shared += found
     return shared
+
+
+def _weight_of(name: str) -> str:
+    """The weight that a parameter is or, where a layer computes its weight from others (low-rank updates), makes."""
+    module, marker, rest = name.partition("parametrizations.")
+    return f"{module}{rest.partition('.')[0]}" if marker else name
 
 
 def _sum(losses: Mapping[str, Tensor]) -> Tensor:
