@@ -285,6 +285,24 @@ def test_all_processes_go_on_with_the_masks_weights_and_order_of_rank_0(project:
     assert json.loads(json.dumps(masked_elsewhere(str(project)))) == lead  # rank 0 is not disturbed by the others
 
 
+@pytest.mark.parametrize("choose", ["magnitude", "sparsegpt"])
+def test_it_is_said_whose_masks_a_spread_is_judged_with(
+    pruned: Context, caplog: pytest.LogCaptureFixture, choose: str
+) -> None:
+    ctx, model, found = mask(pruned, "pattern=unstructured", "sparsity=0.6", "spread=search", f"choose={choose}")
+    said = sparsity_facts(layer_table(model, found), found, section(ctx))["spreads_judged"]
+    logged = [record.getMessage() for record in caplog.records if "spread" in record.getMessage()]
+    if choose == "magnitude":
+        assert said == "by masks of magnitude, as those of the result are"
+        assert not logged
+        return
+    assert said.startswith("by masks of magnitude, for dozens of SparseGPT's would take too long")
+    assert logged == [f"the spread of zeros is judged {said}"]
+    by_magnitude = mask(pruned, "pattern=unstructured", "sparsity=0.6", "spread=search")[2]
+    assert found.search == by_magnitude.search
+    assert any(not torch.equal(kept, by_magnitude.masks[name]) for name, kept in found.masks.items())
+
+
 @pytest.mark.parametrize(
     "overrides",
     [("modalities=[radar]",), ("pattern=unstructured", "spread={radar: 0.5}")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -230,6 +231,10 @@ def _spread(
     assert config.sparsity is not None
     if config.spread == "equal":
         return equal_spread(config.sparsity, counts), None
+    if config.choose == "sparsegpt":
+        note = f"the spread of zeros is judged {judged_by(config)}"
+        logging.getLogger(__name__).warning(note)
+        ctx.reporter.line(f"      {note}")
     judge = _Judge(ctx, model, values, branch_of)
     search = search_spread(
         config.sparsity,
@@ -241,10 +246,18 @@ def _spread(
     return search.spread, search
 
 
+def judged_by(config: SparsifyConfig) -> str:
+    """Whose masks a spread is judged with while it is searched, in words."""
+    if config.choose == "sparsegpt":
+        return "by masks of magnitude, for dozens of SparseGPT's would take too long; those of the result are its own"
+    return f"by masks of {config.choose}, as those of the result are"
+
+
 class _Judge:
     """What a spread is worth: the primary metric on the calib split, masked by it and with norms estimated again.
 
-    The eval split is not touched, so the choice cannot flatter the figures that are reported.
+    The eval split is not touched, so the choice cannot flatter the figures that are reported. SparseGPT would need a
+    Hessian of every layer for each spread: magnitude stands in for it, and the stage says so.
     """
 
     def __init__(
@@ -312,6 +325,7 @@ def sparsity_facts(rows: list[dict[str, Any]], found: Masked, config: SparsifyCo
         facts["spread"] = found.spread
     if found.search is not None:
         facts["spreads_tried"] = len(found.search.tried)
+        facts["spreads_judged"] = judged_by(config)
     return facts
 
 
