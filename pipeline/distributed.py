@@ -488,7 +488,8 @@ def _failure(own: _Session) -> RankError | None:
     if told["rank"] == own.rank:
         return None
     return RankError(
-        f"expected all {own.world} processes to go on; rank {told['rank']} failed: {told['message']}",
+        f"expected all {own.world} processes to go on; got an error at rank {told['rank']}: {told['message']}; what "
+        "was finished is kept: mend it and run the same command again",
         exit_code=told["exit_code"],
         details=told["details"],
     )

@@ -131,10 +131,14 @@ def ending(who: int, how: str, where: str) -> None:
 @pytest.mark.parametrize(
     ("who", "how", "where", "code", "message"),
     [
-        pytest.param(
-            1, "failed", "collective", 2, r"all 2 processes to go on; rank 1 failed: expected a", marks=pytest.mark.long
+        (
+            1,
+            "failed",
+            "collective",
+            2,
+            r"expected all 2 processes to go on; got an error at rank 1: expected a; got b; .* run the same command",
         ),
-        pytest.param(0, "failed", "turn", 2, r"rank 0 failed: expected a; got b", marks=pytest.mark.long),
+        pytest.param(0, "failed", "turn", 2, r"got an error at rank 0: expected a; got b", marks=pytest.mark.long),
         (1, "killed", "collective", 5, r"no sign of life from rank 1: it was killed.*run the same command again"),
         pytest.param(
             0, "killed", "turn", 5, r"expected the other processes to answer; .* was lost", marks=pytest.mark.long

@@ -183,11 +183,11 @@ def test_a_rank_killed_in_the_middle_loses_nothing_that_was_committed(
 def test_a_rank_that_raises_is_named_with_its_error(project: Path) -> None:
     code, told = _together(project, "raised/r", RAISE_AT="losses:2")
     assert code != 0
-    assert "rank 1 failed: ZeroDivisionError: in the user's code at stage score" in told
+    assert "error at rank 1: ZeroDivisionError: in the user's code at stage score" in told
     stage = read_run(project / "raised/r").stage("score")
     assert stage is not None
     assert stage.status == "failed"
-    assert "rank 1 failed: ZeroDivisionError" in str(stage.why)
+    assert "error at rank 1: ZeroDivisionError" in str(stage.why)
     assert "_perhaps_die" in (project / "raised/r/log.txt").read_text()  # its traceback
 
 

@@ -123,7 +123,7 @@ def test_what_fails_on_another_rank_is_in_run_json_with_its_traceback(tmp_path: 
     assert told[1] == ["StageError", "ValueError: no such thing at stage broken"]
     stage = read_run(tmp_path / "r").stages[1]
     assert (stage.name, stage.status) == ("broken", "failed")
-    assert "rank 1 failed: ValueError: no such thing at stage broken" in str(stage.why)
+    assert "error at rank 1: ValueError: no such thing at stage broken" in str(stage.why)
     assert 'raise ValueError("no such thing")' in (tmp_path / "r/log.txt").read_text()
     assert read_run(tmp_path / "r").stages[0].status == "done"
     assert not (tmp_path / "r/broken").exists()
