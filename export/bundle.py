@@ -182,6 +182,17 @@ def trtexec_bench(plan: str, version: str) -> list[str]:
     ]
 
 
+def trtexec_profile(plan: str) -> list[str]:
+    """The trtexec arguments that time every layer of an engine, in a run apart: a profiler slows the whole down."""
+    return [
+        f"--loadEngine={plan}",
+        "--dumpProfile",
+        "--separateProfileRun",
+        "--iterations=200",
+        f"--exportProfile={Path(plan).stem}.profile.json",
+    ]
+
+
 def _version(text: str) -> tuple[int, int]:
     match = re.match(r"(\d+)\.(\d+)", text)
     if match is None:
@@ -319,6 +330,7 @@ grep -qF "{mode}" device.txt || echo "expected power mode {mode}; see device.txt
         text += f'\necho "timing {plan}"\n'
         text += _command(trtexec_bench(plan, version), log)
         text += f"grep -E 'GPU Compute Time|unstable' {log}\n"
+    text += '\necho "timing the layers of model.plan"\n' + _command(trtexec_profile("model.plan"), "model.profile.log")
     for index, entry in enumerate(listed):
         feeds = ",".join(f"{i['name']}:{i['file']}" for i in entry["inputs"])
         arguments = [
@@ -391,6 +403,9 @@ Engines belong to one GPU, one TensorRT version and one power mode, so they are 
     ./bench.sh                 # timings in *.times.json, the device's state in device.txt, then check.py
 
 {made}
+
+`bench.sh` also times the layers. `fusepress explain RUN --layers model.layers.json --profile model.profile.json` says
+from these two files where the time goes, and what mending it would win.
 
 `check.py {tolerance:g}` fails where an output is further from the references (ONNX Runtime, CPU) than that part of its
 scale. The references are in `references/` as raw little-endian arrays; `references.json` names them with shape and

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import fusepress
 from fusepress.pipeline import distributed
 from fusepress.pipeline.console import Reporter
-from fusepress.pipeline.errors import CheckpointError, RecipeError, StoreError, TaskError, UsageError
+from fusepress.pipeline.errors import (
+    CheckpointError,
+    FusepressError,
+    RecipeError,
+    StoreError,
+    TaskError,
+    UsageError,
+)
 from fusepress.pipeline.evidence import RUN_JSON, Measurement, RunRecord, Verdict, read_run
 from fusepress.pipeline.gates import judge, load_replicates, overall
 from fusepress.pipeline.recipe import GatesConfig, LoadedRecipe, Recipe, load_recipe
@@ -24,6 +31,7 @@ from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import Profile, load_profile
 
 if TYPE_CHECKING:
+    from fusepress.export.explain import Explanation
     from fusepress.pipeline.stages.base import Context
     from fusepress.pipeline.task import LoadedTask, Split
 
@@ -113,8 +121,25 @@ def _lead(ctx: Context, folder: Path, from_stage: str | None, command: str) -> O
     worked = run_stages(ctx, STAGES, record, folder, from_stage=from_stage)
     atomic_write_text(folder / RECIPE_JSON, _recipe_json(ctx.loaded))
     judge_run(record, folder, ctx.recipe.gates)
+    _explain_quietly(ctx, folder, worked=worked)
     _write_reports(record, folder, previous, worked=worked)
     return Outcome(record=record, folder=folder, worked=worked)
+
+
+def _explain_quietly(ctx: Context, folder: Path, *, worked: bool) -> None:
+    """Findings for the report; a run does not fail for want of them, and one for this host is measured instead."""
+    from fusepress.pipeline.explaining import explain_run
+    from fusepress.pipeline.report.explain import EXPLAIN_JSON
+
+    if ctx.on_host or (not worked and (folder / EXPLAIN_JSON).exists()):
+        return
+    target = ctx.recipe.target
+    try:
+        # a profile of the user's own is a file beside the recipe
+        own = str(ctx.loaded.base / target) if target.endswith((".yaml", ".yml")) else None
+        explain_run(folder, target=own, mode=ctx.power_mode)
+    except FusepressError as error:
+        ctx.reporter.warn(f"the release was not explained: {error}")
 
 
 def _follow(ctx: Context, folder: Path) -> Outcome:
@@ -483,6 +508,38 @@ def report(run: str | Path) -> Path:
     read_run(folder)
     write_reports(folder)
     return folder / REPORT_FILES[0]
+
+
+def explain(
+    what: str | Path,
+    *,
+    layers: str | Path | None = None,
+    profile: str | Path | None = None,
+    target: str | None = None,
+    precision: str | None = None,
+) -> Explanation:
+    """Why a run's release, or an ONNX file, is not faster: findings by predicted gain.
+
+    Args:
+        what: a run folder (the findings go into its report) or an ONNX file.
+        layers: the builder's list, in place of the run's own: JSON of trtexec --exportLayerInfo, or a verbose log.
+        profile: times of the layers, of trtexec --exportProfile.
+        target: a device profile; for an ONNX file it is needed.
+        precision: what an ONNX file is built in, where it does not carry precision itself.
+
+    Raises:
+        UsageError: neither a run nor an ONNX file, or an ONNX file without a target.
+        BuildError: the list or the profile is not one.
+    """
+    from fusepress.pipeline.explaining import explain_onnx, explain_run
+
+    path = Path(what)
+    files = (Path(layers) if layers is not None else None, Path(profile) if profile is not None else None)
+    if path.suffix == ".onnx":
+        return explain_onnx(path, target=target, precision=precision, layers=files[0], profile=files[1])
+    found = explain_run(path, layers=files[0], profile=files[1], target=target)
+    write_reports(path)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

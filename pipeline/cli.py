@@ -187,6 +187,30 @@ def report(run_folder: Path) -> int:
 
 @cli.command()
 @click.argument("what", metavar="RUN|MODEL.onnx", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.Path(path_type=Path), help="Layers as built: JSON of trtexec --exportLayerInfo.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Times of the layers: trtexec --exportProfile.")
+@click.option("--target", help="Device profile [the run's].")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8", "fp8"]), help="Of an ONNX file without its own."
+)
+@_json_option
+def explain(
+    what: Path, layers: Path | None, profile: Path | None, target: str | None, precision: str | None, as_json: bool
+) -> int:
+    """Why a RUN's release is not faster: what costs time, and the predicted gain of mending it."""
+    from fusepress.pipeline import api
+    from fusepress.pipeline.text import explanation_lines
+
+    found = api.explain(what, layers=layers, profile=profile, target=target, precision=precision)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print_lines(explanation_lines(found))
+    return 0
+
+
+@cli.command()
+@click.argument("what", metavar="RUN|MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=MS", help="Limit, e.g. p99_ms=5; repeatable.")
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time spent measuring.")
 @_json_option

@@ -11,6 +11,7 @@ from fusepress.pipeline.evidence import Measurement, Verdict
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fusepress.export.explain import Explanation
     from fusepress.pipeline.api import Measured, Outcome
     from fusepress.targets.predict import Prediction
     from fusepress.targets.profile import Profile
@@ -121,6 +122,23 @@ def _budget_lines(budget: dict[str, Any] | None) -> list[str]:
             flag = ", extrapolating" if p["extrapolating"] else ""
             name = key.removeprefix("latency_").removesuffix("_ms")
             lines.append(f"latency   {name} {p['value']:.3g} ms ({p['low']:.3g} to {p['high']:.3g}, predicted{flag})")
+    return lines
+
+
+def explanation_lines(found: Explanation) -> list[str]:
+    """Findings, largest predicted gain first."""
+    from fusepress.pipeline.report.explain import view_of
+
+    view = view_of(found.to_dict())
+    lines = [f"{found.target}, {found.power_mode}, {found.precision}", view.basis]
+    if not view.rows:
+        lines.append("nothing was found that costs more than 0.2 % of the latency")
+    for row in view.rows:
+        measured = f", layer measured {row.measured}" if row.measured else ""
+        lines.append(f"{row.gain:>12} {row.share:>6}  {row.kind}: {row.where}{measured}")
+        lines += [f"{'':21}{row.what}", f"{'':21}{row.advice}"]
+    lines += [f"{view.more} more: see --json"] if view.more else []
+    lines += [f"below 0.2 % of the latency each: {view.small}"] if view.small else []
     return lines
 
 

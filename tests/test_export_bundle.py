@@ -158,7 +158,8 @@ def test_the_scripts_run_from_anywhere_and_check_the_outputs(model: Path, tmp_pa
     assert "--stronglyTyped" in calls[0]
     assert "--sparsity=enable" in calls[0]
     assert "--sparsity=disable" in calls[1]
-    assert "image:references/0_input_0.bin,points:references/0_input_1.bin" in calls[4]
+    assert "image:references/0_input_0.bin,points:references/0_input_1.bin" in calls[5]
+    assert "--exportProfile=model.profile.json" in calls[4]
     assert "reference 1 cls: largest difference 0.001" in timed.stdout
     assert (kit.path / "device.txt").exists()
 

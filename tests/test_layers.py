@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.cli",),
     ("pipeline.text",),
     ("pipeline.api",),
-    ("pipeline.planning", "pipeline.measuring", "pipeline.scaffold", "pipeline.runner"),
+    ("pipeline.explaining", "pipeline.planning", "pipeline.measuring", "pipeline.scaffold", "pipeline.runner"),
     ("pipeline.stages",),
     ("pipeline.scoring", "pipeline.pruning", "pipeline.recovery", "calib", "pipeline.report"),
     ("pipeline.graph", "export"),

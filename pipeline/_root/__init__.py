@@ -9,19 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusepress.pipeline.api import compress, gate, measure, plan, report
+    from fusepress.pipeline.api import compress, explain, gate, measure, plan, report
     from fusepress.pipeline.errors import FusepressError
     from fusepress.pipeline.graph.apply import load
     from fusepress.pipeline.task import Batch
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "FusepressError", "__version__", "compress", "gate", "load", "measure", "plan", "report"]
+__all__ = ["Batch", "FusepressError", "__version__", "compress", "explain", "gate", "load", "measure", "plan", "report"]
 
 _HOME = {
     "Batch": "fusepress.pipeline.task",
     "FusepressError": "fusepress.pipeline.errors",
     "compress": "fusepress.pipeline.api",
+    "explain": "fusepress.pipeline.api",
     "gate": "fusepress.pipeline.api",
     "load": "fusepress.pipeline.graph.apply",
     "measure": "fusepress.pipeline.api",

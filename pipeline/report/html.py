@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from fusepress.pipeline.evidence import Kind, RunRecord, read_run
 from fusepress.pipeline.report import charts, training, view
+from fusepress.pipeline.report.explain import explain_view
 from fusepress.pipeline.report.sparsity import sparse_rows
 from fusepress.pipeline.store import atomic_write_text
 
@@ -75,6 +76,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         groups=view.group_rows(record),
         failures=view.failure_rows(record),
         sparse=sparse_rows(record),
+        explained=explain_view(record, run_dir),
         pictures=pictures,
         left_out=left_out,
         cards=_cards(record),

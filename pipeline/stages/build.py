@@ -17,7 +17,7 @@ class Build(NoLatency):
     """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
 
     name = "build"
-    version = 1
+    version = 2  # kits time the layers too
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:

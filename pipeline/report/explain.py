@@ -1,0 +1,80 @@
+"""The report's answer to "why is it not faster": the findings that `fusepress explain` left in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusepress.pipeline.evidence import RunRecord
+from fusepress.pipeline.report.view import percent, three
+
+EXPLAIN_JSON = "explain.json"
+MOST_FINDINGS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class FindingRow:
+    """One finding, ready to print; `measured` is "" where no profile of the device names the layer."""
+
+    kind: str
+    where: str
+    what: str
+    advice: str
+    gain: str
+    share: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainView:
+    """The findings worth the most, and what they rest on."""
+
+    rows: list[FindingRow]
+    more: int
+    basis: str
+    small: str
+
+
+def explain_view(record: RunRecord, run_dir: Path) -> ExplainView | None:
+    """The findings on the released file, or None where none were sought, or on another file."""
+    path = run_dir / EXPLAIN_JSON
+    onnx = record.artifacts.get("onnx")
+    if onnx is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(found, Mapping) or found.get("onnx_sha256") != onnx.sha256:
+        return None
+    return view_of(found)
+
+
+def view_of(found: Mapping[str, Any]) -> ExplainView:
+    """An explanation (its `to_dict`) as text."""
+    latency_ms = float(found["latency_ms"])
+    rows = [_row(entry, latency_ms) for entry in found["findings"]]
+    interval = f"95 % interval {three(found['low_ms'])} to {three(found['high_ms'])}"
+    flag = ", extrapolating" if found["extrapolating"] else ""
+    read = f"the builder's list of {found['layers']} layers" if found["layers"] else "the ONNX graph alone"
+    basis = f"Gains are predicted, against {three(latency_ms)} ms predicted ({interval}{flag}), from {read}."
+    if found.get("measured_ms") is not None:
+        basis += f" The profile of the device adds up to {three(found['measured_ms'])} ms."
+    small = ", ".join(f"{count} {kind}" for kind, count in found.get("small", {}).items())
+    return ExplainView(rows=rows[:MOST_FINDINGS], more=max(0, len(rows) - MOST_FINDINGS), basis=basis, small=small)
+
+
+def _row(entry: Mapping[str, Any], latency_ms: float) -> FindingRow:
+    measured = entry.get("measured_ms")
+    return FindingRow(
+        kind=str(entry["kind"]),
+        where=str(entry["where"]),
+        what=str(entry["what"]),
+        advice=str(entry["advice"]),
+        gain=f"{three(entry['gain_ms'])} ms",
+        share=percent(entry["gain_ms"] / latency_ms),
+        measured="" if measured is None else f"{three(measured)} ms",
+    )
