@@ -111,6 +111,8 @@ class CalibrationCard:
             told["chosen_of_each"] = {label: f"{chosen} of {there}" for label, (there, chosen) in strata.items()}
         if within:
             told["least_covered_statistic"] = min(within)
+        moves = {name: row["median_width"] for name, row in self.ranges.items() if isinstance(row, dict)}
+        told |= {"median_range_moves_by": moves} if moves else {}
         return told | ({"blank_samples": self.blank} if self.blank else {})
 
 

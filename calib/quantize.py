@@ -1,32 +1,35 @@
 """INT8 and FP8 by explicit Q/DQ, ranges measured on a fixed calibration list.
 
 NVIDIA's modelopt places the Q/DQ the way TensorRT fuses it (residual adds, concatenations, per-channel weights); it
-runs in a worker on the CPU. What it leaves in floating point is listed with the reason.
+runs in a worker on the CPU. Batch norms are folded first. INT8 is made in two steps: a draft with all Q/DQ in a float32
+graph, from which every variant that leaves layers in floating point is cut, and the finished file with its remainder in
+FP16. What stays in floating point is listed with the reason.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
+from fusepress.calib.qdq import LAYERS, QdqGraph, fold_batchnorm
+from fusepress.calib.ranges import OWN_METHODS, OwnMethod, Ranges, measure_ranges
 from fusepress.export.onnx import EXPORTER_OPSET, ExportInfo, load_onnx, lower_opset, opset_of, save_onnx
 from fusepress.export.precision import precision_map, require_known, save_arrays
 from fusepress.export.runtime import OnnxSession
 from fusepress.export.worker import answer, read_job, run_job
 from fusepress.pipeline.errors import QuantizeError
+from fusepress.targets.network import read_network
 
 Array = np.ndarray[Any, Any]
-Method = Literal["max", "entropy"]
+Method = Literal["max", "entropy", "percentile", "mse"]
 Remainder = Literal["fp16", "fp32"]
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TIMEOUT_S = 3600.0
-QDQ_FP16_OPSET = 19  # the first whose Q/DQ takes FP16
 # TensorRT ran it in floating point whatever its Q/DQ said, with an extra kernel for the weights
 RULED_OUT = {"ConvTranspose": "TensorRT runs transposed convolutions in floating point"}
 
@@ -52,6 +55,7 @@ class QuantizeInfo:
         remainder: precision of everything else.
         samples: calibration samples.
         layers: every layer with weights.
+        macs_share: share of the multiply-accumulates that quantised layers do.
         quantize_nodes: QuantizeLinear nodes in the file.
         notes: what a reader should know.
     """
@@ -62,6 +66,7 @@ class QuantizeInfo:
     remainder: str
     samples: int
     layers: tuple[LayerCoverage, ...]
+    macs_share: float
     quantize_nodes: int
     notes: tuple[str, ...] = ()
 
@@ -76,10 +81,156 @@ class QuantizeInfo:
             "opset": self.onnx.opset,
             "quantised_layers": covered,
             "other_layers": len(self.layers) - covered,
+            "macs_share": self.macs_share,
             "quantize_nodes": self.quantize_nodes,
             "notes": list(self.notes),
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """INT8 Q/DQ on all layers that can have it, in a float32 graph.
+
+    Attributes:
+        source: the float32 file.
+        float_proto: it, batch norms folded.
+        proto: with Q/DQ; never changed, variants are copies.
+        method: how its ranges were chosen.
+        samples: calibration samples.
+        ranges: what was measured on them; None with entropy, which modelopt measures.
+        excluded: nodes that the caller excluded.
+        folded: batch norms that were folded.
+    """
+
+    source: Path
+    float_proto: Any
+    proto: Any
+    method: Method
+    samples: int
+    ranges: Ranges | None
+    excluded: frozenset[str]
+    folded: tuple[str, ...] = ()
+
+    def units(self) -> dict[str, list[str]]:
+        """What can be left in floating point by itself (`QdqGraph.units`)."""
+        return QdqGraph(self.proto).units()
+
+    def with_method(self, method: OwnMethod) -> Draft:
+        """The same Q/DQ with other ranges from the same measurement.
+
+        Raises:
+            QuantizeError: the draft was calibrated by modelopt, so nothing was kept to choose from.
+        """
+        if self.ranges is None:
+            raise QuantizeError(
+                f"expected a draft with measured ranges; got one by {self.method}; draft it with another method first"
+            )
+        proto = _copy(self.proto)
+        graph = QdqGraph(proto)
+        graph.set_limits(self.ranges.limits(method))
+        graph.share_scales()
+        return replace(self, proto=proto, method=method)
+
+    def variant(self, spared: Collection[str] = ()) -> Any:
+        """A copy of the graph without the Q/DQ of these units."""
+        proto = _copy(self.proto)
+        if spared:
+            QdqGraph(proto).spare(spared)
+        return proto
+
+    def write(self, path: Path, spared: Collection[str] = ()) -> Path:
+        """Write a variant with a float32 remainder, to be tried in ONNX Runtime."""
+        path.write_bytes(self.variant(spared).SerializeToString())
+        return path
+
+
+def draft_int8(
+    onnx_in: Path,
+    arrays: Mapping[str, Array],
+    *,
+    method: Method = "max",
+    exclude: Sequence[str] = (),
+    sample_ids: Sequence[str] = (),
+) -> Draft:
+    """Place INT8 Q/DQ and choose its ranges.
+
+    Args:
+        onnx_in: float32 model, batch 1.
+        arrays: input name -> N calibration samples, each fed with batch 1.
+        method: max (largest magnitude), percentile (99.99 %), mse (least squared error), or entropy (modelopt's own).
+        exclude: names of nodes or module paths to leave in floating point.
+        sample_ids: N names for messages.
+
+    Raises:
+        QuantizeError: a name does not exist, samples do not fit, activations are not finite, modelopt fails, or nothing
+            was quantised.
+    """
+    source = load_onnx(onnx_in)
+    excluded = excluded_nodes(source, exclude, onnx_in)
+    folded = fold_batchnorm(source)
+    own = method in OWN_METHODS
+    with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
+        folder = Path(name)
+        samples = save_arrays(folder / "all.npz", source, arrays)
+        # ranges of our own need modelopt for the places only; any sample will do for that
+        seen = {key: np.asarray(array)[: 1 if own else samples] for key, array in arrays.items()}
+        proto = _place(source, seen, folder, onnx_in, "int8", "max" if own else "entropy", "fp32", excluded)
+        graph = QdqGraph(proto)
+        if not graph.layers():
+            raise _nothing(
+                _coverage(source, precision_map(folder / "placed.onnx"), "int8", excluded, ()), "int8", onnx_in
+            )
+        draft = Draft(
+            source=onnx_in,
+            float_proto=source,
+            proto=proto,
+            method=method,
+            samples=samples,
+            ranges=None,
+            excluded=frozenset(excluded),
+            folded=tuple(folded),
+        )
+        if own:
+            floating = draft.write(folder / "float.onnx", graph.units())
+            draft = replace(draft, ranges=measure_ranges(floating, graph.activations(), arrays, sample_ids))
+            return draft.with_method(cast("OwnMethod", method))
+    graph.share_scales()
+    return draft
+
+
+def finish_int8(
+    draft: Draft,
+    arrays: Mapping[str, Array],
+    onnx_out: Path,
+    *,
+    remainder: Remainder = "fp16",
+    spared: Collection[str] = (),
+) -> QuantizeInfo:
+    """Write the file that is released; the same inputs give the same bytes.
+
+    Args:
+        draft: from `draft_int8`.
+        arrays: the calibration samples, the first of which the file must run.
+        onnx_out: file to write.
+        remainder: precision of what is not INT8. With fp16 the file has operator set 19 or newer, because older Q/DQ
+            knows no FP16; with fp32 the operator set of the source is kept.
+        spared: units to leave in floating point.
+
+    Raises:
+        QuantizeError: modelopt fails, no layer is left in INT8, or the result does not run.
+    """
+    onnx_out.parent.mkdir(parents=True, exist_ok=True)
+    proto = draft.variant(spared)
+    with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
+        if remainder == "fp16":
+            proto = _halve(proto, Path(name), draft.source)
+    notes = _settle_opset(proto, opset_of(draft.float_proto), "int8", remainder)
+    if draft.folded:
+        notes += (f"{len(draft.folded)} batch norms folded into the convolutions before them",)
+    info = save_onnx(proto, onnx_out)
+    layers = _coverage(draft.float_proto, precision_map(onnx_out), "int8", draft.excluded, spared)
+    return _described("int8", draft.float_proto, draft.source, arrays, info, layers, draft.method, remainder, notes)
 
 
 def quantize_int8(
@@ -87,26 +238,18 @@ def quantize_int8(
     arrays: Mapping[str, Array],
     onnx_out: Path,
     *,
-    method: Method = "entropy",
+    method: Method = "max",
     remainder: Remainder = "fp16",
     exclude: Sequence[str] = (),
 ) -> QuantizeInfo:
-    """Insert INT8 Q/DQ into a float32 model; the same inputs give the same bytes.
-
-    Args:
-        onnx_in: float32 model, batch 1.
-        arrays: input name -> N calibration samples, each fed with batch 1.
-        onnx_out: file to write.
-        method: max (largest value) or entropy (least information lost).
-        remainder: precision of what is not INT8. With fp16 the file has operator set 19 or newer, because older Q/DQ
-            knows no FP16; with fp32 the operator set of `onnx_in` is kept.
-        exclude: names of nodes or module paths to leave in floating point.
+    """Insert INT8 Q/DQ into a float32 model: `draft_int8` and `finish_int8` in one; the arguments are theirs.
 
     Raises:
-        QuantizeError: a name does not exist, samples do not fit, modelopt fails, nothing was quantised, or the
-            result does not run.
+        QuantizeError: as they do.
     """
-    return _quantize("int8", onnx_in, arrays, onnx_out, method=method, remainder=remainder, exclude=exclude)
+    return finish_int8(
+        draft_int8(onnx_in, arrays, method=method, exclude=exclude), arrays, onnx_out, remainder=remainder
+    )
 
 
 def quantize_fp8(
@@ -122,63 +265,114 @@ def quantize_fp8(
     Raises:
         QuantizeError: as `quantize_int8`.
     """
-    return _quantize("fp8", onnx_in, arrays, onnx_out, method="max", remainder=remainder, exclude=exclude)
-
-
-def _quantize(
-    precision: Literal["int8", "fp8"],
-    onnx_in: Path,
-    arrays: Mapping[str, Array],
-    onnx_out: Path,
-    *,
-    method: Method,
-    remainder: Remainder,
-    exclude: Sequence[str],
-) -> QuantizeInfo:
     source = load_onnx(onnx_in)
     excluded = excluded_nodes(source, exclude, onnx_in)
-    ruled_out = {n.name for n in source.graph.node if n.op_type in RULED_OUT}
+    fold_batchnorm(source)
     onnx_out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
         folder = Path(name)
-        samples = save_arrays(folder / "data.npz", source, arrays)
-        # modelopt writes its intermediate files beside its input
-        (folder / "in.onnx").write_bytes(source.SerializeToString())
-        job = {
-            "onnx": str(folder / "in.onnx"),
-            "out": str(folder / "out.onnx"),
-            "data": str(folder / "data.npz"),
-            "mode": precision,
-            "method": method,
-            "remainder": remainder,
-            "exclude": [f"{re.escape(node)}$" for node in sorted(excluded | ruled_out)],
-        }
-        outcome, result = run_job(__name__, job, log=folder / "log.txt", timeout_s=TIMEOUT_S)
-        if result is None:
-            raise QuantizeError(
-                f"expected modelopt to quantise the model to {precision}; got {outcome.says(TIMEOUT_S)} at {onnx_in}:\n"
-                f"{outcome.tail}\nexclude the layer that it names, or release in fp16"
-            )
-        proto = load_onnx(folder / "out.onnx")
-        notes = _settle_opset(proto, opset_of(source), precision, remainder)
-        info = save_onnx(proto, onnx_out)
-    layers = _coverage(source, onnx_out, precision, excluded)
-    if not any(layer.precision == precision for layer in layers):
+        save_arrays(folder / "all.npz", source, arrays)
+        proto = _place(source, arrays, folder, onnx_in, "fp8", "max", remainder, excluded)
+    notes = _settle_opset(proto, opset_of(source), "fp8", remainder)
+    info = save_onnx(proto, onnx_out)
+    layers = _coverage(source, precision_map(onnx_out), "fp8", excluded, ())
+    return _described("fp8", source, onnx_in, arrays, info, layers, "max", remainder, notes)
+
+
+def _place(
+    source: Any,
+    arrays: Mapping[str, Array],
+    folder: Path,
+    origin: Path,
+    precision: str,
+    method: str,
+    remainder: str,
+    excluded: Collection[str],
+) -> Any:
+    """Modelopt's Q/DQ, in a worker."""
+    ruled_out = {n.name for n in source.graph.node if n.op_type in RULED_OUT}
+    save_arrays(folder / "data.npz", source, arrays)
+    # modelopt writes its intermediate files beside its input
+    (folder / "in.onnx").write_bytes(source.SerializeToString())
+    job = {
+        "step": "place",
+        "onnx": str(folder / "in.onnx"),
+        "out": str(folder / "placed.onnx"),
+        "data": str(folder / "data.npz"),
+        "mode": precision,
+        "method": method,
+        "remainder": remainder,
+        "exclude": [f"{re.escape(node)}$" for node in sorted({*excluded, *ruled_out})],
+    }
+    return _work(job, folder, f"quantise the model to {precision}", origin)
+
+
+def _halve(proto: Any, folder: Path, origin: Path) -> Any:
+    """Everything but Q/DQ in FP16, inputs and outputs in float32, in a worker."""
+    (folder / "draft.onnx").write_bytes(proto.SerializeToString())
+    job = {"step": "halve", "onnx": str(folder / "draft.onnx"), "out": str(folder / "half.onnx")}
+    return _work(job, folder, "convert the rest of the model to FP16", origin)
+
+
+def _work(job: dict[str, Any], folder: Path, what: str, origin: Path) -> Any:
+    outcome, result = run_job(__name__, job, log=folder / "log.txt", timeout_s=TIMEOUT_S)
+    if result is None:
         raise QuantizeError(
-            f"expected at least one layer in {precision}; got none at {onnx_in}: "
-            f"{'; '.join(f'{e.name}: {e.reason}' for e in layers[:4])}; exclude less, or release in fp16"
+            f"expected modelopt to {what}; got {outcome.says(TIMEOUT_S)} at {origin}:\n"
+            f"{outcome.tail}\nexclude the layer that it names, or release in fp16"
         )
-    _require_runs(onnx_out, arrays)
+    return load_onnx(Path(job["out"]))
+
+
+def _described(
+    precision: str,
+    source: Any,
+    origin: Path,
+    arrays: Mapping[str, Array],
+    info: ExportInfo,
+    layers: tuple[LayerCoverage, ...],
+    method: str,
+    remainder: str,
+    notes: tuple[str, ...],
+) -> QuantizeInfo:
+    if not any(layer.precision == precision for layer in layers):
+        raise _nothing(layers, precision, origin)
+    _require_runs(info.path, arrays)
     return QuantizeInfo(
         onnx=info,
         precision=precision,
         method=method,
         remainder=remainder,
-        samples=samples,
+        samples=len(next(iter(arrays.values()))),
         layers=layers,
+        macs_share=macs_share(source, [layer.name for layer in layers if layer.precision == precision]),
         quantize_nodes=info.ops.get("QuantizeLinear", 0),
         notes=notes,
     )
+
+
+def _nothing(layers: Sequence[LayerCoverage], precision: str, origin: Path) -> QuantizeError:
+    return QuantizeError(
+        f"expected at least one layer in {precision}; got none at {origin}: "
+        f"{'; '.join(f'{e.name}: {e.reason}' for e in layers[:4])}; exclude less, or release in fp16"
+    )
+
+
+def layer_macs(proto: Any) -> dict[str, int]:
+    """Multiply-accumulates of one inference by the name of the layer's node."""
+    return {kernel.name: kernel.macs for kernel in read_network(proto.SerializeToString()).kernels if kernel.macs}
+
+
+def macs_share(proto: Any, layers: Collection[str]) -> float:
+    """Share of a float model's multiply-accumulates that these layers do."""
+    macs = layer_macs(proto)
+    return sum(macs.get(name, 0) for name in layers) / max(1, sum(macs.values()))
+
+
+def _copy(proto: Any) -> Any:
+    made = type(proto)()
+    made.CopyFrom(proto)
+    return made
 
 
 def excluded_nodes(proto: Any, exclude: Sequence[str], path: Path) -> set[str]:
@@ -213,22 +407,25 @@ def _settle_opset(proto: Any, wanted: int, precision: str, remainder: str) -> tu
     return (note,)
 
 
-def _coverage(source: Any, path: Path, precision: str, excluded: set[str]) -> tuple[LayerCoverage, ...]:
-    found = precision_map(path)
+def _coverage(
+    source: Any, found: Mapping[str, str], precision: str, excluded: Collection[str], spared: Collection[str]
+) -> tuple[LayerCoverage, ...]:
     constants = {t.name for t in source.graph.initializer}
     layers = []
     for node in source.graph.node:
         if node.op_type not in LAYERS or not set(node.input[:2]) & constants:
             continue
         got = found.get(node.name, "fused away")
-        reason = "" if got == precision else _reason(node, excluded, precision)
+        reason = "" if got == precision else _reason(node, excluded, spared, precision)
         layers.append(LayerCoverage(name=node.name, op=node.op_type, precision=got, reason=reason))
     return tuple(layers)
 
 
-def _reason(node: Any, excluded: set[str], precision: str) -> str:
+def _reason(node: Any, excluded: Collection[str], spared: Collection[str], precision: str) -> str:
     if node.name in excluded:
         return "excluded by the recipe"
+    if node.name in spared:
+        return "spared by the search: accuracy"
     if node.op_type in RULED_OUT:
         return RULED_OUT[node.op_type]
     if node.op_type in ("Gemm", "MatMul"):
@@ -248,6 +445,11 @@ def _require_runs(path: Path, arrays: Mapping[str, Array]) -> None:
 def _main() -> None:
     """In the worker: modelopt, which prints, patches ONNX Runtime's quantiser and iterates over sets."""
     job = read_job()
+    {"place": _place_job, "halve": _halve_job}[job["step"]](job)
+    answer(job, {"ok": True})
+
+
+def _place_job(job: dict[str, Any]) -> None:
     with np.load(job["data"], allow_pickle=False) as stored:
         data = {name: stored[name] for name in stored.files}
     from modelopt.onnx.quantization import quantize
@@ -263,7 +465,13 @@ def _main() -> None:
         high_precision_dtype=job["remainder"],
         log_level="WARNING",
     )
-    answer(job, {"ok": True})
+
+
+def _halve_job(job: dict[str, Any]) -> None:
+    import onnx
+    from modelopt.onnx.autocast import convert_to_f16
+
+    onnx.save(convert_to_f16(onnx.load(job["onnx"]), low_precision_type="fp16", keep_io_types=True), job["out"])
 
 
 if __name__ == "__main__":
