@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.graph.apply import weights_bytes
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.task import load_task
@@ -78,6 +80,53 @@ def test_a_changed_recipe_is_another_cell(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "recipe.yaml").write_text(recipe.read_text() + "# changed\n")
     monkeypatch.setitem(cells.MODELS, "street", tmp_path / "recipe.yaml")
     assert bench.path(cell) != before
+
+
+def test_a_store_takes_cells_of_one_version_of_the_tasks_sources(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.sources import require_sources
+    from benchmarks.sparsity.cells import MODELS
+
+    (toy / "cells").mkdir(parents=True)
+    (toy / "cells" / "street-24-magnitude-masked-s0-0123.json").write_text("{}")
+    recipe = MODELS["street"]
+    require_sources(toy, "street", [recipe])
+    assert "1 cells of street in" in capsys.readouterr().out
+    require_sources(toy, "street", [recipe])
+    assert capsys.readouterr().out == ""
+    source = recipe.parent / "sparsify_toy.py"
+    text = source.read_text()
+    source.write_text(text + "# changed\n")
+    with pytest.raises(
+        StoreError,
+        match=r"expected the sources that made the other cells of street; got others in sparsify_toy\.py \(.* it was "
+        r".*\) at .*sources-street\.json; put them back, or name another store with --store",
+    ):
+        require_sources(toy, "street", [recipe])
+    source.write_text(text)
+    require_sources(toy, "street", [recipe])
+
+
+@pytest.mark.parametrize("options", [["--seeds", "0"], ["--seeds", "0", "--list"]], ids=["run", "list"])
+@pytest.mark.parametrize("name", ["recovery", "sparsity"])
+def test_only_runs_that_add_cells_ask_for_the_sources(toy: Path, name: str, options: list[str]) -> None:
+    run = importlib.import_module(f"benchmarks.{name}.run")
+    toy.mkdir()
+    (toy / "sources-street.json").write_text(json.dumps({"gone.py": "0"}))
+    given = [*options, "--store", str(toy), "--until", "00:00"]
+    if "--list" in options:
+        assert run.main(given) == 1
+    else:
+        with pytest.raises(StoreError, match=r"got others in .*gone\.py"):
+            run.main(given)
+
+
+def test_the_sources_are_those_of_the_street_and_of_what_widens_it() -> None:
+    from benchmarks.sources import source_files
+    from benchmarks.sparsity.cells import sources
+
+    street = {"task.py", "street_world.py", "street_model.py", "street_pictures.py"}
+    assert {file.name for file in source_files(sources("street"))} == street
+    assert {file.name for file in source_files(sources("wide"))} == street | {"wide_task.py"}
 
 
 def finished(cell: Cell, after: float, **facts: Any) -> dict[str, Any]:

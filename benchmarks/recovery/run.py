@@ -7,7 +7,7 @@
 A cell is the street recipe with one finetune section, run by the pipeline's own stages (baseline, score, prune,
 finetune) in a store of their own: scores and plans are shared, a finished cell is never run again, and a killed one
 goes on from its last training checkpoint. The seed decides scoring batches, training batches and everything random;
-the dense checkpoint is the same for all.
+the dense checkpoint is the same for all. A store takes cells of one version of the task's sources only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.sources import require_sources
 from fusepress.pipeline.store import sha256_file
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
     cells = list(planned(options))
     if not (options.list or options.table):
+        require_sources(options.store, "street", [STREET])
         for cell in cells:
             if options.until is not None and time.strftime("%H:%M") >= options.until:
                 print("stopping: the time is over", flush=True)

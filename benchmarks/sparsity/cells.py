@@ -115,6 +115,11 @@ class Cell:
         return [f"sparsify={json.dumps(section)}"]
 
 
+def sources(model: str) -> list[Path]:
+    """The recipes whose tasks' code a model's figures depend on: the wide network is the street's, widened."""
+    return [MODELS[name] for name in dict.fromkeys((model, "street"))]
+
+
 def planned(suites: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Cells by priority: suite by suite, and everything at one seed before the next seed."""
     cells: list[Cell] = []

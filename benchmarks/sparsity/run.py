@@ -5,7 +5,8 @@
 
 A finished cell is never run again; a killed one goes on from its last training checkpoint. Each seed's pruned and
 fine-tuned start is made once, by the pipeline's own stages. Results lie in runs/sparsity/cells, one JSON a cell; tables
-are made of them by `python -m benchmarks.sparsity.table`.
+are made of them by `python -m benchmarks.sparsity.table`. A store takes cells of one version of each model's sources
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.sparsity.cells import MODELS, ROOT, SUITES, Cell, Protocol, planned
+from benchmarks.sources import require_sources
+from benchmarks.sparsity.cells import MODELS, ROOT, SUITES, Cell, Protocol, planned, sources
 from fusepress.pipeline.store import atomic_write_text, sha256_file
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
     bench = Bench(options.store, Protocol(**{item.name: getattr(options, item.name) for item in fields(Protocol)}))
     cells = [c for c in planned(options.suite, options.seeds) if options.only is None or options.only in c.name]
     if not options.list:
+        for model in dict.fromkeys(cell.model for cell in cells):
+            require_sources(options.store, model, sources(model))
         for cell in cells:
             if options.until is not None and time.strftime("%H:%M") >= options.until:
                 print("stopping: the time is over", flush=True)
