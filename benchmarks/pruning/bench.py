@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.pruning.cells import ROOT, SCORING_VERSION, TASKS, Cell, Protocol, Results, digest, identity
+from benchmarks.pruning.cells import ROOT, SCORING_VERSION, SYNTHETIC, TASKS, Cell, Protocol, Results, digest, identity
 from fusepress.pipeline.evaluate import Evaluation, evaluate, torch_predict
 from fusepress.pipeline.graph.apply import apply_plan, load_checkpoint
 from fusepress.pipeline.graph.cost import CostModel, count_macs, count_params
@@ -119,7 +119,7 @@ class Bench:
         protocol: what all methods share.
         results: the store.
         cache: folder for batches; None makes them anew every time.
-        data: the recipe's data folder, where it needs one.
+        data: data folder of a task that reads one; a task that makes its data itself is not given it.
 
     Raises:
         Skipped: the task's checkpoint or data is not here.
@@ -131,7 +131,8 @@ class Bench:
         self.name, self.protocol, self.results = name, protocol, results
         loaded = load_recipe(TASKS.get(name, Path(name)))
         self.recipe: Recipe = loaded.recipe
-        folder = data or (loaded.resolve(self.recipe.data) if self.recipe.data else None)
+        given = None if name in SYNTHETIC else data
+        folder = given or (loaded.resolve(self.recipe.data) if self.recipe.data else None)
         checkpoint = loaded.resolve(self.recipe.checkpoint)
         if not checkpoint.is_file():
             raise Skipped(f"no dense checkpoint of {name}: train it first (fusepress compress trains where it can)")

@@ -14,6 +14,7 @@ from fusepress.pipeline.store import atomic_write_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = {"street": ROOT / "examples/street/recipe.yaml", "kitti_depth": ROOT / "examples/kitti_depth/recipe.yaml"}
+SYNTHETIC = ("street",)  # tasks that make their data
 SUITES = ("core", "variants", "more", "unstructured", "kitti")
 CORE_BUDGETS = (0.4, 0.25)
 MORE_BUDGETS = (0.4, 0.25, 0.6, 0.15)

@@ -35,24 +35,31 @@ def known(store: Path, row: Mapping[str, Any]) -> dict[str, float] | None:
     return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
 
 
-def fill(store: Path, rows: Sequence[Mapping[str, Any]], *, measure: bool) -> None:
-    """Predict (and measure) every network that is not known yet, and the dense one of each task."""
+def fill(store: Path, rows: Sequence[Mapping[str, Any]], *, measure: bool, data: Path | None = None) -> None:
+    """Predict (and measure) every network that is not known yet, and the dense one of each task.
+
+    Args:
+        store: of the results.
+        rows: the finished cells.
+        measure: on this host too.
+        data: folder of kitti_depth.
+    """
     for name in dict.fromkeys(row["cell"]["task"] for row in rows):
         if name in TASKS:
-            _Exporter(store, name).fill([row for row in rows if row["cell"]["task"] == name], measure=measure)
+            _Exporter(store, name, data).fill([row for row in rows if row["cell"]["task"] == name], measure=measure)
 
 
 class _Exporter:
     """One task, its target and its dense network."""
 
-    def __init__(self, store: Path, task: str) -> None:
+    def __init__(self, store: Path, task: str, data: Path | None) -> None:
         from benchmarks.pruning.bench import Bench
         from benchmarks.pruning.cells import Protocol, Results
         from fusepress.pipeline.pruning.latency import LatencyCost
         from fusepress.targets.profile import load_profile
 
         self.store = store
-        self.bench: Bench = Bench(task, Protocol(), Results(store), cache=None)
+        self.bench: Bench = Bench(task, Protocol(), Results(store), cache=None, data=data)
         bench = self.bench
         self.cost = LatencyCost(
             bench.dense, bench.graph, bench.inputs, load_profile(bench.recipe.target), precision=PRECISION

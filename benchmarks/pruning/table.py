@@ -46,6 +46,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--latency", action="store_true", help="predict the latency of every network")
     parser.add_argument("--measure-host", action="store_true", help="measure it on this host's ONNX Runtime")
+    parser.add_argument("--data", type=Path, help="data folder of kitti_depth, for its latencies")
     return parser.parse_args(words)
 
 
@@ -221,6 +222,7 @@ def write(table: Table, options: argparse.Namespace) -> dict[str, Any]:
     missing = unfinished(table, options.seeds)
     protocol = first["identity"]["protocol"]
     flags = ["--latency"] * options.latency + ["--measure-host"] * options.measure_host
+    flags += ["--data DRIVE"] * (options.data is not None)
     command = " ".join(["python -m benchmarks.pruning.table --reference", options.reference, *flags])
     lines = [
         HEAD.format(
@@ -237,8 +239,10 @@ def write(table: Table, options: argparse.Namespace) -> dict[str, Any]:
             tie=TIE_HALF_WIDTH,
         )
     ]
-    for title, _, kind, _, rows in made:
+    for title, task, kind, _, rows in made:
         lines += markdown(title, rows, options.reference if kind == "structured" else "u_altermoma", kind)
+        if task != first["cell"]["task"]:
+            lines += [_note(next(cell for cell in table.cells if cell["cell"]["task"] == task)), ""]
     lines += ["## Not run", "", *([f"* {line}" for line in missing] or ["Nothing is missing."]), ""]
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
@@ -265,6 +269,15 @@ def write(table: Table, options: argparse.Namespace) -> dict[str, Any]:
     (options.out / "core.md").write_text("\n".join(lines))
     draw(made, options.out)
     return record
+
+
+def _note(cell: Row) -> str:
+    """What is different in the table of another task."""
+    way = "more" if cell["better"] == "max" else "less"
+    return (
+        f"{cell['primary']}, {way} is better; a positive difference is in favour of the reference. n = {cell['n']} "
+        f"evaluation samples in {cell['clusters']} clusters: a check on real data, not a ranking."
+    )
 
 
 def _short(cell: Row) -> Row:
@@ -311,7 +324,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.latency or options.measure_host:
         from benchmarks.pruning.latency import fill
 
-        fill(options.store, table.cells, measure=options.measure_host)
+        fill(options.store, table.cells, measure=options.measure_host, data=options.data)
     record = write(table, options)
     print(f"{len(record['cells'])} cells; {len(record['not_run'])} rows of the plan are not or not wholly run")
     return 0
