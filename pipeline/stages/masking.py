@@ -232,7 +232,7 @@ def _spread(
     if config.spread == "equal":
         return equal_spread(config.sparsity, counts), None
     if config.choose == "sparsegpt":
-        note = f"the spread of zeros is judged {judged_by(config)}"
+        note = f"the spread of zeros is judged {_judged_by(config)}"
         logging.getLogger(__name__).warning(note)
         ctx.reporter.line(f"      {note}")
     judge = _Judge(ctx, model, values, branch_of)
@@ -246,7 +246,7 @@ def _spread(
     return search.spread, search
 
 
-def judged_by(config: SparsifyConfig) -> str:
+def _judged_by(config: SparsifyConfig) -> str:
     """Whose masks a spread is judged with while it is searched, in words."""
     if config.choose == "sparsegpt":
         return "by masks of magnitude, for dozens of SparseGPT's would take too long; those of the result are its own"
@@ -325,7 +325,7 @@ def sparsity_facts(rows: list[dict[str, Any]], found: Masked, config: SparsifyCo
         facts["spread"] = found.spread
     if found.search is not None:
         facts["spreads_tried"] = len(found.search.tried)
-        facts["spreads_judged"] = judged_by(config)
+        facts["spreads_judged"] = _judged_by(config)
     return facts
 
 
