@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.evaluate import evaluate
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts
 
+if TYPE_CHECKING:
+    from fusepress.export.engine import BuildOptions, EngineInfo
+    from fusepress.export.sparse_build import SparseCounts, SparseVerdict
+
+ENGINE = "model.engine"
 REFERENCE_SAMPLES = 2
+TRIAL_SECONDS = 20.0
 BUILD_TIMEOUT_S = 1200
 
 
@@ -17,7 +27,7 @@ class Build(NoLatency):
     """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
 
     name = "build"
-    version = 2  # kits time the layers too
+    version = 2
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -29,34 +39,76 @@ class Build(NoLatency):
         return key_parts(
             ctx,
             self,
-            config={"target": ctx.target_identity(), "precision": ctx.precision},
+            config={"target": ctx.target_identity(), "precision": ctx.precision, "on_the_device": _builds_here(ctx)},
             inputs=("onnx", "masks"),
-            splits=("calib",),
+            splits=("calib", "eval") if _builds_here(ctx) else ("calib",),
             tools=("tensorrt_rtx", "tensorrt", "onnx", "onnxruntime-gpu"),
         )
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
-        """Write model.engine, or kit/ for a device that must build for itself."""
+        """Write model.engine, or kit/ for a device that must build for itself; both on such a device."""
         if ctx.profile.runtime == "tensorrt_rtx":
-            from fusepress.export.engine import BuildOptions, build_rtx_engine
+            return self._ahead_of_time(ctx, out, work)
+        kit = self._kit(ctx, out)
+        if not _builds_here(ctx):
+            return kit
+        here = self._on_the_device(ctx, out, work)
+        return StageOutput(details=kit.details | here.details, artifacts=kit.artifacts | here.artifacts)
 
-            assert ctx.profile.compute_capability is not None
-            ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
-            capabilities = [ctx.profile.compute_capability]
-            engine = out / "model.engine"
-            info = build_rtx_engine(
+    @staticmethod
+    def _ahead_of_time(ctx: Context, out: Path, work: Path) -> StageOutput:
+        from fusepress.export.engine import build_rtx_engine
+        from fusepress.export.sparse_build import judge_bytes, unproven
+
+        assert ctx.profile.compute_capability is not None
+
+        def build(path: Path, options: BuildOptions) -> EngineInfo:
+            return build_rtx_engine(
                 ctx.artifacts["onnx"],
-                engine,
-                compute_capabilities=capabilities,
-                options=BuildOptions(timeout_s=BUILD_TIMEOUT_S),
-                progress=lambda fraction, phase: ctx.reporter.update(0.1 + 0.9 * fraction, phase),
+                path,
+                compute_capabilities=[str(ctx.profile.compute_capability)],
+                options=options,
+                progress=_progress(ctx),
             )
-            note = "built ahead of time by TensorRT-RTX and not executed"
-            return StageOutput(
-                details={"engine": info.to_dict(), "executed": info.executed, "note": note},
-                artifacts={"engine": engine.name},
+
+        ctx.reporter.update(0.1, "building the TensorRT-RTX engine")
+        info = build(out / ENGINE, _options(ctx))
+        details: dict[str, Any] = {
+            "engine": info.to_dict(),
+            "executed": info.executed,
+            "note": "built ahead of time by TensorRT-RTX and not executed",
+        }
+        if _is_2to4(ctx):
+            sparse = build(work / ENGINE, _options(ctx, sparse=True))
+            verdict = judge_bytes(info, sparse) or unproven(
+                "nothing was run; the engine without sparse kernels is kept"
             )
-        return self._kit(ctx, out)
+            details["sparsity"] = _counts(ctx, sparse).to_dict() | verdict.to_dict()
+        return StageOutput(details=details, artifacts={"engine": ENGINE})
+
+    @staticmethod
+    def _on_the_device(ctx: Context, out: Path, work: Path) -> StageOutput:
+        """TensorRT and the target's GPU are here: build, and try 2:4 against the same file without it."""
+        from fusepress.export.engine import build_tensorrt_engine
+
+        onnx = ctx.artifacts["onnx"]
+        ctx.reporter.update(0.1, "building the TensorRT engine")
+        info = build_tensorrt_engine(onnx, out / ENGINE, options=_options(ctx), progress=_progress(ctx))
+        details: dict[str, Any] = {"executed": False, "note": "built by TensorRT on this machine"}
+        if _is_2to4(ctx):
+            options = _options(ctx, sparse=True)
+            sparse = build_tensorrt_engine(onnx, work / ENGINE, options=options, progress=_progress(ctx))
+            verdict = _trial(ctx, info, sparse)
+            details |= {
+                "executed": verdict.speedup is not None,
+                "sparsity": _counts(ctx, sparse).to_dict() | verdict.to_dict(),
+            }
+            if verdict.decision == "kept":
+                for path in (sparse.path, sparse.log_path, sparse.layers_path):
+                    if path is not None:
+                        shutil.copyfile(path, out / path.name)
+                info = replace(sparse, path=out / ENGINE)
+        return StageOutput(details=details | {"engine": info.to_dict()}, artifacts={"engine": ENGINE})
 
     def _kit(self, ctx: Context, out: Path) -> StageOutput:
         from fusepress.export.bundle import write_build_kit
@@ -74,9 +126,71 @@ class Build(NoLatency):
             power_mode=ctx.power_mode,
             precision=ctx.precision,
             references=references,
-            sparse="masks" in ctx.artifacts and ctx.recipe.wants_2to4,
+            sparse=_is_2to4(ctx),
             dense_onnx=ctx.artifacts.get("dense_onnx"),
         )
         details: dict[str, Any] = {"kit": kit.to_dict(), "executed": False, "tensorrt_here": why_no_tensorrt()}
         details["note"] = f"a build kit for {ctx.profile.name}: no engine was built; the device builds it with build.sh"
+        if _is_2to4(ctx):
+            from fusepress.export.sparse_build import unproven
+
+            why = "no engine was built here; the kit builds and times it both ways on the device"
+            details["sparsity"] = _counts(ctx, None).to_dict() | unproven(why).to_dict()
         return StageOutput(details=details, artifacts={"build_kit": "kit"})
+
+
+def _is_2to4(ctx: Context) -> bool:
+    return "masks" in ctx.artifacts and ctx.recipe.wants_2to4
+
+
+def _builds_here(ctx: Context) -> bool:
+    """TensorRT is installed beside a GPU of the target's kind."""
+    if ctx.profile.runtime != "tensorrt":
+        return False
+    from fusepress.export.builder import gpu
+    from fusepress.export.engine import why_no_tensorrt
+
+    return why_no_tensorrt() is None and gpu()["capability"] == [ctx.profile.compute_capability]
+
+
+def _options(ctx: Context, *, sparse: bool = False) -> BuildOptions:
+    from fusepress.export.engine import BuildOptions
+    from fusepress.export.timing_cache import default_folder
+
+    # ahead of time nothing is timed
+    folder = default_folder() if ctx.profile.runtime == "tensorrt" else None
+    mode = ctx.power_mode if folder is not None else None
+    return BuildOptions(sparse=sparse, timing_cache_folder=folder, power_mode=mode, timeout_s=BUILD_TIMEOUT_S)
+
+
+def _progress(ctx: Context) -> Callable[[float, str], None]:
+    return lambda fraction, phase: ctx.reporter.update(0.1 + 0.9 * fraction, phase)
+
+
+def _counts(ctx: Context, built: EngineInfo | None) -> SparseCounts:
+    """Valid, eligible and picked layers, from the file and from the build with sparse kernels allowed."""
+    from fusepress.export.sparse_build import count_sparse
+    from fusepress.export.sparsity import check_sparsity_2to4
+
+    report = check_sparsity_2to4(ctx.artifacts["onnx"])
+    if built is None:
+        return count_sparse(report, None)
+    return count_sparse(report, built.log_path.read_text(errors="replace"), built.layers)
+
+
+def _trial(ctx: Context, plain: EngineInfo, sparse: EngineInfo) -> SparseVerdict:
+    """Both engines timed in turns and judged by the task's metric, on the GPU that is here."""
+    from fusepress.export.engine_run import EngineSession
+    from fusepress.export.sparse_build import judge_bytes, judge_sparse
+    from fusepress.targets.measure import measure_interleaved
+
+    same = judge_bytes(plain, sparse)
+    if same is not None:
+        return same
+    sessions = {"plain": EngineSession(plain.path), "sparse": EngineSession(sparse.path)}
+    inputs = common.example_inputs(ctx)
+    timed = {name: session.timed_callable(inputs) for name, session in sessions.items()}
+    speedup = measure_interleaved(timed, max_seconds=TRIAL_SECONDS).speedup("plain", "sparse")
+    metric, direction = next(iter(ctx.task.metrics.items()))
+    found = {name: evaluate(ctx.task, session, "eval").metrics[metric] for name, session in sessions.items()}
+    return judge_sparse(speedup, plain_metric=found["plain"], sparse_metric=found["sparse"], direction=direction)
