@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -246,6 +246,45 @@ def _disturbed(model: nn.Module, *, fail: bool) -> Iterator[None]:
         if fail:
             raise KeyError("in the middle")
         yield
+
+
+@pytest.mark.parametrize("write", [lambda p: p.data.neg_(), lambda p: p.detach().view(-1)[:1].add_(1e-12)])
+def test_a_changed_parameter_of_which_no_copy_was_kept_is_named(write: Callable[[Tensor], Tensor]) -> None:
+    model = ConvToy().model
+    model.head.requires_grad_(False)
+
+    def change() -> None:
+        with untouched(model, keep_values=False) as snapshot:
+            assert not snapshot.initial
+            write(model.fuse.weight)
+
+    with pytest.raises(TaskError, match=r"leave the parameters as they are; got other values at \['fuse.weight'\] \(1"):
+        change()
+    assert model.training  # flags come back all the same
+    assert not model.head.weight.requires_grad
+
+
+def test_without_copies_buffers_and_flags_come_back_too() -> None:
+    model = ConvToy().model
+    before = state_bytes(model)
+    with untouched(model, keep_values=False):
+        model.train()
+        model(**{name: torch.randn(2, 2, 6, 6).double() for name in ("camera", "lidar")})["map"].sum().backward()
+        assert state_bytes(model) != before  # running statistics
+    assert state_bytes(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_error_inside_is_not_hidden_by_the_check() -> None:
+    model = ConvToy().model
+
+    def fail() -> None:
+        with untouched(model, keep_values=False):
+            model.fuse.weight.data.neg_()
+            raise KeyError("in the middle")
+
+    with pytest.raises(KeyError, match="in the middle"):
+        fail()
 
 
 @pytest.mark.parametrize("fail", [False, True])

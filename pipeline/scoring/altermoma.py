@@ -92,7 +92,8 @@ def score_altermoma(
     """AlterMOMA scores of the channels of every coupled group.
 
     Costs n + M*(2n + B) forward-backward passes for n scoring batches, B reactivation batches and M modalities, and
-    three copies of the parameters beside the model: theta, g0 and the gradient that accumulates (Adam keeps two more).
+    three copies of the parameters beside the model: theta, g0 and the gradient that accumulates (Adam keeps two more;
+    without the redundancy term, with beta 0, the gradient is all).
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -129,6 +130,9 @@ def weight_scores(
     progress: Progress = silent,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """AlterMOMA scores of every single weight, as in the paper (unstructured); knows no `normalise: cost`.
+
+    Costs what `score_altermoma` does, and beside its copies of the parameters holds the scores and, of the fusion, the
+    sum over the stages.
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -264,25 +268,24 @@ def alternate(
     passes = Passes(
         total=config.batches + len(stages) * (2 * config.batches + config.reactivation_batches), progress=progress
     )
-    with untouched(model, seed=seed) as snapshot:
+    with untouched(model, seed=seed, keep_values=bool(stages)) as snapshot:
         run = Alternation(
             model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot
         )
         contribution, loss = run.contribution()
         _, samples = totals_of(run.data)
-        scores = normalise(contribution, pools, mass)
-        redundancy: dict[str, Tensor] = {}
+        scores = {key: value.mul_(config.alpha) for key, value in normalise(contribution, pools, mass).items()}
+        redundancy = _Redundancy(
+            scores=scores,
+            beta=fixed_beta(config),
+            stages={key: _stages_seen(branch, task.branches) for key, branch in scorer.branch_of.items()},
+        )
         logs = []
         for modality in stages:
             found, stage_log = run.redundancy(modality)
+            redundancy.add(normalise(found, pools, mass))
             logs.append(stage_log)
-            for key, value in normalise(found, pools, mass).items():
-                share = value.div_(_stages_seen(scorer.branch_of[key], task.branches))
-                redundancy[key] = redundancy[key].add_(share) if key in redundancy else share
-    for key, value in scores.items():
-        value.mul_(config.alpha)
-        if key in redundancy:
-            value.sub_(redundancy.pop(key), alpha=fixed_beta(config))
+            del found  # the next stage needs the room
     return scores, {
         "method": "altermoma",
         "alpha": config.alpha,
@@ -318,6 +321,34 @@ def _stage_order(task: LoadedTask, config: ScoreConfig, order: Sequence[str] | N
     if sorted(wanted) != sorted(task.branches):
         raise TaskError(f"expected an order of the modalities {sorted(task.branches)}; got {wanted}; name each once")
     return wanted if len(wanted) > 1 and fixed_beta(config) > 0 else []
+
+
+@dataclass(slots=True, kw_only=True)
+class _Redundancy:
+    """Takes beta * N(ReRI) off the scores: the mean over a key's stages, as soon as the last of them is over.
+
+    Attributes:
+        scores: alpha * N(DeCI); changed in place.
+        beta: the weight.
+        stages: key -> in how many stages it is not masked.
+    """
+
+    scores: Mapping[str, Tensor]
+    beta: float
+    stages: Mapping[str, int]
+    _seen: dict[str, int] = field(default_factory=dict, init=False)
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """One stage's N(ReRI); the tensors are used up."""
+        for key in list(values):
+            share = values.pop(key).div_(self.stages[key])
+            total = self._sums.pop(key).add_(share) if key in self._sums else share
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] == self.stages[key]:
+                self.scores[key].sub_(total, alpha=self.beta)
+            else:
+                self._sums[key] = total
 
 
 def _stages_seen(branch: str, branches: Mapping[str, Any]) -> int:
@@ -387,7 +418,8 @@ class Alternation:
                 if self.config.reactivation in ("masked", "noise"):
                     check_masked_gradients(self.model, branch_of, modality)
                 self._freeze(branch_of, modality)
-                first = {p: p.grad.detach().clone() for p in others if p.grad is not None}
+                first = {p: p.grad for p in others if p.grad is not None}
+                self.model.zero_grad(set_to_none=True)  # they are `first` now
                 steps = self._reactivate(others, where)
                 if self.config.reactivation == "noise":
                     self._scatter(others, modality)
@@ -471,14 +503,20 @@ class Alternation:
         for parameter in self.snapshot.initial:
             parameter.requires_grad_(parameter.is_floating_point())
 
-    def _product(self, first: Mapping[nn.Parameter, Tensor]) -> Product:
-        """theta_init * (g0 - g), or theta_init * g without g0 (the sign does not matter to |.|)."""
+    def _product(self, first: dict[nn.Parameter, Tensor]) -> Product:
+        """theta_init * (g0 - g), or theta_init * g without g0 (the sign does not matter to |.|).
+
+        Where the scorer asks once, both gradients are dropped with their product.
+        """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         initial = self.snapshot.initial
 
         def product(name: str) -> Tensor:
             parameter = parameters[name]
-            theta, gradient, g0 = initial[parameter], parameter.grad, first.get(parameter)
+            theta, gradient, g0 = initial.get(parameter, parameter.detach()), parameter.grad, first.get(parameter)
+            if self.scorer.asks_once:
+                parameter.grad = None
+                first.pop(parameter, None)
             if gradient is not None:
                 return theta * gradient if g0 is None else (g0 - gradient).mul_(theta)
             return torch.zeros_like(theta) if g0 is None else theta * g0

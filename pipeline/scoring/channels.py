@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ Product = Callable[[str], Tensor]  # parameter name -> theta*g, of the parameter
 
 class Scorer(Protocol):
     """Turns products theta*g into non-negative scores by key (a parameter or a group)."""
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether the scores of all keys take the product of every parameter once, and not more often."""
 
     @property
     def branch_of(self) -> Mapping[str, str]:
@@ -49,6 +53,7 @@ class WeightScorer:
     """
 
     branch_of: Mapping[str, str]
+    asks_once: ClassVar[bool] = True
 
     def scores(self, product: Product, keys: Iterable[str]) -> dict[str, Tensor]:
         """Absolute products, each of its parameter's shape."""
@@ -66,6 +71,8 @@ class ChannelScorer:
     Raises:
         StageError: a group has members that the model lacks, or nothing that can be scored.
     """
+
+    asks_once: ClassVar[bool] = False  # groups may share a parameter
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], aggregation: Aggregation) -> None:
         self.branch_of: dict[str, str] = {group.id: group.branch for group in groups}

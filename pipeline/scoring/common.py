@@ -54,12 +54,20 @@ def channel_result(scores: Mapping[str, Tensor], groups: Sequence[Group], log: M
     return ScoreResult(channel=channel, log=full)
 
 
-def product_with_gradient(model: nn.Module) -> Product:
-    """Theta * g with the gradients that the parameters hold now; zeros where there is none."""
+def product_with_gradient(model: nn.Module, *, once: bool = False) -> Product:
+    """Theta * g with the gradients that the parameters hold when it is asked for; zeros where there is none.
+
+    Args:
+        model: whose.
+        once: drop every gradient with its product, where nobody asks twice: products then take the gradients' place
+            instead of making one more copy of the parameters.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def product(name: str) -> Tensor:
         theta, gradient = parameters[name].detach(), parameters[name].grad
+        if once:
+            parameters[name].grad = None
         return torch.zeros_like(theta) if gradient is None else theta * gradient
 
     return product

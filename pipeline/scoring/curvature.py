@@ -1,4 +1,12 @@
-"""The Hessian times a vector, by double backward or, where an operator has none, by two gradients."""
+"""The Hessian times a vector, by double backward or, where an operator has none, by two gradients.
+
+What a product counts as, in passes of one batch forward and back: a layer of weights costs its multiply-adds once
+forward and twice back (by its input, by its weights), so three times in a pass. The exact product makes one pass for
+the gradient and its graph, and goes back through it: twice forward (the tangent of the input with the weights, the
+input with the tangent of the weights) and four times back (the tangents and the values, by input and by weights), which
+is two passes more. Counted on the kernels that run, by torch.utils.flop_counter, that is 3.03 passes for the example of
+a street (its first layers have no gradient by their input). Two gradients are two passes, as they say.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from fusepress.pipeline.distributed import gather_objects, rank, world
 from fusepress.pipeline.scoring.gradients import Passes, accumulate_gradients, batch_loss, mean_gradients, totals_of
@@ -14,7 +23,7 @@ from fusepress.pipeline.task import Batch, LoadedTask
 
 Curvature = Literal["exact", "difference"]
 NO_SECOND = ("derivative for", "not implemented", "differentiate twice")  # what torch says of such operators
-PRODUCT_PASSES = 2  # forward-backward passes that one batch of a product counts as, either way
+PRODUCT_PASSES: dict[Curvature, int] = {"exact": 3, "difference": 2}  # of every batch; see the module's text
 
 
 def hessian_product(
@@ -29,7 +38,8 @@ def hessian_product(
 ) -> Curvature:
     """Leave in every parameter's `grad` H v, H the Hessian of the mean loss over all samples of the batches.
 
-    exact differentiates the gradient and holds, beside v and the result, a gradient with its graph. difference is
+    exact differentiates the gradient and holds, beside v and the result, one copy of the parameters: first the
+    gradient, then those parts of H v that wait for their other half. difference is
     (g(theta + e v) - g(theta - e v)) / 2e, and holds theta beside v and the result; it feels kinks (ReLU) within e.
 
     Args:
@@ -37,7 +47,7 @@ def hessian_product(
         task: its losses.
         batches: the data.
         vector: v; a parameter that it lacks counts as zero.
-        passes: every batch counts as two.
+        passes: every batch counts as `PRODUCT_PASSES`, and a try that falls back as one more in all.
         where: for messages.
         curvature: exact falls back to difference where an operator has no second derivative.
 
@@ -48,17 +58,22 @@ def hessian_product(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     if curvature == "exact":
-        if _double_backward(model, task, batches, vector, where):
-            for _ in range(PRODUCT_PASSES * totals_of(batches)[0]):
-                passes.step(where)
+        if _double_backward(model, task, batches, vector, passes, where):
             return "exact"
         curvature = "difference"
+        passes.total += 1 + (PRODUCT_PASSES["difference"] - PRODUCT_PASSES["exact"]) * totals_of(batches)[0]
+        passes.step(where)
     _difference(model, task, batches, vector, passes, where)
     return curvature
 
 
 def _double_backward(
-    model: nn.Module, task: LoadedTask, batches: Sequence[Batch], vector: Mapping[nn.Parameter, Tensor], where: str
+    model: nn.Module,
+    task: LoadedTask,
+    batches: Sequence[Batch],
+    vector: Mapping[nn.Parameter, Tensor],
+    passes: Passes,
+    where: str,
 ) -> bool:
     """Returns whether all operators have a second derivative, on every process that has a batch."""
     model.zero_grad(set_to_none=True)
@@ -68,31 +83,40 @@ def _double_backward(
 
     def backward(index: int) -> None:
         nonlocal able
+        if not able:
+            return
         batch = batches[index]
         loss = batch_loss(model, task, batch, f"batch {index * world() + rank()} ({where})") * (batch.size / samples)
         try:
-            if able:
-                _backward_through_gradient(loss, chosen, vector)
+            _backward_through_gradient(loss, chosen, vector)
         except RuntimeError as error:  # torch has no narrower type for it
             if not any(text in str(error) for text in NO_SECOND):
                 raise
             able = False
+            return
+        for _ in range(PRODUCT_PASSES["exact"]):
+            passes.step(where)
 
+    done = passes.done
     accumulate_gradients(model, backward, len(batches), count)
-    return all(gather_objects(able))
+    every = all(gather_objects(able))
+    passes.done = done + (PRODUCT_PASSES["exact"] * count if every else 0)
+    return every
 
 
 def _backward_through_gradient(
     loss: Tensor, chosen: Sequence[nn.Parameter], vector: Mapping[nn.Parameter, Tensor]
 ) -> None:
     gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
-    terms = [
-        (gradient * vector[parameter]).sum()
+    starts = [
+        (get_gradient_edge(gradient), vector[parameter])
         for parameter, gradient in zip(chosen, gradients, strict=True)
         if gradient is not None and gradient.requires_grad
     ]
-    if terms:  # a loss that is linear in everything has no curvature
-        torch.stack(terms).sum().backward()
+    del gradients  # what follows needs their graph only
+    if starts:  # a loss that is linear in everything has no curvature
+        edges, vectors = zip(*starts, strict=True)
+        torch.autograd.backward(edges, vectors)
 
 
 @torch.no_grad()

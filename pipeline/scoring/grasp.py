@@ -43,11 +43,12 @@ def score_grasp(
 ) -> ScoreResult:
     """GraSP with a gate for a channel; scores may be negative and are divided by the sum of their sizes.
 
-    Counts 3n passes for n scoring batches: g, and H g at two a batch. Holds four copies of the parameters (theta, g,
-    H g, a gradient with its graph), three with curvature difference.
+    Counts 4n passes for n scoring batches: g, and H g at three a batch (two with curvature difference; why, says
+    `curvature`). Holds three copies of the parameters: g, H g, and a gradient or parts of H g in flight (theta with
+    curvature difference), and what the kernels of a layer need meanwhile.
     """
     scorer = ChannelScorer(model, graph.groups, "gate")
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         log = _gradient_flow(model, task, config, seed, progress, curvature)
         product = product_with_gradient(model)
         with torch.no_grad():
@@ -66,9 +67,9 @@ def grasp_weights(
 ) -> WeightResult:
     """GraSP of single weights; see `score_grasp`."""
     names = weight_branches(model, task)
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         log = _gradient_flow(model, task, config, seed, progress, curvature)
-        product = product_with_gradient(model)
+        product = product_with_gradient(model, once=True)
         with torch.no_grad():
             scores = shares({name: product(name) for name in names})
     return weight_result(model, task, scores, log)
@@ -79,7 +80,7 @@ def _gradient_flow(
 ) -> dict[str, Any]:
     """Leave H g in every parameter's `grad`, g and H on the same batches."""
     batches = scoring_batches(task, seed, config.batches)
-    passes = Passes(total=(1 + PRODUCT_PASSES) * config.batches, progress=progress)
+    passes = Passes(total=(1 + PRODUCT_PASSES[curvature]) * config.batches, progress=progress)
     loss = mean_gradients(model, task, batches, passes, "gradient")
     vector: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
     used = hessian_product(model, task, batches, vector, passes, "gradient flow", curvature=curvature)

@@ -89,7 +89,8 @@ class Rounds:
         total = sum(size for size, _ in self.least.values())
         result = torch.zeros(total, dtype=self.like.dtype, device=self.like.device)
         alive = torch.ones(total, dtype=torch.bool, device=result.device)
-        gone_in = torch.full_like(alive, self.rounds - 1, dtype=torch.int16)
+        small = torch.int8 if self.rounds <= torch.iinfo(torch.int8).max else torch.int16
+        gone_in = torch.full_like(alive, self.rounds - 1, dtype=small)
         scores, on = self._by_key(result), self._by_key(alive)
 
         def put(key: str, values: Tensor) -> None:

@@ -8,6 +8,7 @@ no surgery; `masking_equals_zeroing` says whether it is so for a given branch.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -261,15 +262,21 @@ def _tensors(outputs: Any) -> list[Tensor]:
 class Snapshot:
     """Everything of a model that scoring may disturb: one copy of its parameters and buffers, and its flags.
 
+    Args:
+        model: whose.
+        keep_values: whether parameters are copied. A method that does not change them needs no copy, only their
+            checksums, which tell at the end whether the user's own code did.
+
     Attributes:
-        initial: parameter -> its value when the snapshot was taken (theta_init).
+        initial: parameter -> its value when the snapshot was taken (theta_init); empty if not `keep_values`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.initial: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in model.parameters()}
-        self._gradients = {p: p.grad for p in self.initial}
-        self._trainable = {p: p.requires_grad for p in self.initial}
+    def __init__(self, model: nn.Module, *, keep_values: bool = True) -> None:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.initial: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in names} if keep_values else {}
+        self._checksums = {} if keep_values else {p: (name, _checksum(p)) for p, name in names.items()}
+        self._gradients = {p: p.grad for p in names}
+        self._trainable = {p: p.requires_grad for p in names}
         self._modes = {module: module.training for module in model.modules()}
         self._buffers = [
             (module, name, buffer, buffer.detach().clone())
@@ -284,7 +291,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore_values(self) -> None:
-        """Set parameters and buffers back, bit for bit."""
+        """Set parameters (where they were kept) and buffers back, bit for bit."""
         for parameter, value in self.initial.items():
             parameter.copy_(value)
         for module, name, buffer, value in self._buffers:
@@ -301,23 +308,51 @@ class Snapshot:
             parameter.requires_grad_(flag)
             parameter.grad = self._gradients[parameter]
 
+    def check_values(self) -> None:
+        """Check that parameters which were not kept have their values still.
+
+        Raises:
+            TaskError: with the parameters that changed.
+        """
+        changed = [name for parameter, (name, before) in self._checksums.items() if _checksum(parameter) != before]
+        if changed:
+            raise TaskError(
+                f"expected forward() and losses() to leave the parameters as they are; got other values at "
+                f"{changed[:3]} ({len(changed)} in all) after the scoring; compute with a changed copy of a weight "
+                "instead of writing into it"
+            )
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of the bytes. Version counters would be cheaper, but they do not see what is written through `.data`."""
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+
 
 @contextmanager
-def untouched(model: nn.Module, *, seed: int = 0) -> Iterator[Snapshot]:
+def untouched(model: nn.Module, *, seed: int = 0, keep_values: bool = True) -> Iterator[Snapshot]:
     """A context after which the model, and torch's random state, are bit-identical, whatever happened inside.
 
     Inside, the model is in evaluation mode (running statistics frozen, no dropout), every floating-point parameter
     takes gradients, gradients are recorded, and torch's generators start from `seed`.
+
+    Args:
+        model: whose.
+        seed: of torch's generators.
+        keep_values: whether the body may change parameters, which takes a copy of them.
+
+    Raises:
+        TaskError: parameters changed although they were not kept.
     """
-    snapshot = Snapshot(model)
+    snapshot = Snapshot(model, keep_values=keep_values)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(seed)
         try:
             model.eval()
-            for parameter in snapshot.initial:
+            for parameter in model.parameters():
                 parameter.grad = None
                 parameter.requires_grad_(parameter.is_floating_point())
             yield snapshot
         finally:
             snapshot.restore()
+    snapshot.check_values()

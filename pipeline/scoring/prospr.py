@@ -60,8 +60,8 @@ def score_prospr(
 ) -> ScoreResult:
     """ProsPr with a mask a channel, placed as the gate after the norm.
 
-    Counts N + n passes and holds two copies of the parameters; `full` counts 2N more and holds N + 4 copies (the way
-    of all steps, theta, l, H l and a gradient with its graph) and N batches.
+    Counts N + n passes and holds two copies of the parameters (theta, the gradient); `full` counts 3N more and holds
+    N + 4 copies (the way of all steps, theta, l, H l and parts of it in flight) and N batches.
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -91,7 +91,7 @@ def prospr_weights(
     order: Order = "first_order",
     lr: float | None = None,
 ) -> WeightResult:
-    """ProsPr of single weights; see `score_prospr`. One copy more, for the scores."""
+    """ProsPr of single weights; see `score_prospr`."""
     scorer = WeightScorer(weight_branches(model, task))
     scores, log = _prospective(model, task, scorer, config, seed, progress, order, lr)
     return weight_result(model, task, scores, log)
@@ -109,7 +109,7 @@ def _prospective(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     steps = config.reactivation_batches
     rate = config.reactivation_lr if lr is None else lr
-    back = PRODUCT_PASSES * steps if order == "full" else 0
+    back = PRODUCT_PASSES["exact"] * steps if order == "full" else 0
     passes = Passes(total=steps + config.batches + back, progress=progress)
     with untouched(model, seed=seed) as snapshot:
         way = _train(model, task, trainable_of(snapshot), steps, rate, seed, passes, keep=order == "full")
@@ -120,7 +120,8 @@ def _prospective(
                 _go_back(model, task, way, rate, passes)
         with torch.no_grad():
             snapshot.restore_values()
-            scores = shares(scorer.scores(product_with_gradient(model), scorer.branch_of))
+            product = product_with_gradient(model, once=scorer.asks_once)
+            scores = shares(scorer.scores(product, scorer.branch_of))
     log = {"method": "prospr", "passes": passes.done, "seed": seed, "loss": loss}
     return scores, log | {"steps": steps, "lr": rate, "order": order}
 

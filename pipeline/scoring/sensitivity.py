@@ -36,12 +36,12 @@ def score_snip(
 ) -> ScoreResult:
     """SNIP (Lee et al., ICLR 2019) with a gate for a channel: |derivative of the mean loss|, as a share of their sum.
 
-    With one group this is AlterMOMA's DeCI; otherwise only the normalisation differs. Evaluation mode, n passes, two
-    copies of the parameters.
+    With one group this is AlterMOMA's DeCI; otherwise only the normalisation differs. Evaluation mode, n passes, one
+    copy of the parameters (the gradient).
     """
     scorer = ChannelScorer(model, graph.groups, "gate")
     passes = Passes(total=config.batches, progress=progress)
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         loss = mean_gradients(model, task, scoring_batches(task, seed, config.batches), passes, "snip")
         with torch.no_grad():
             scores = shares(scorer.scores(product_with_gradient(model), scorer.branch_of))
@@ -52,13 +52,13 @@ def score_snip(
 def snip_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SNIP: |theta * g| with g the mean gradient, as a share of the model's sum; three copies of the parameters."""
+    """SNIP: |theta * g| with g the mean gradient, as a share of the model's sum; one copy of the parameters."""
     scorer = WeightScorer(weight_branches(model, task))
     passes = Passes(total=config.batches, progress=progress)
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         loss = mean_gradients(model, task, scoring_batches(task, seed, config.batches), passes, "snip")
         with torch.no_grad():
-            scores = shares(scorer.scores(product_with_gradient(model), scorer.branch_of))
+            scores = shares(scorer.scores(product_with_gradient(model, once=True), scorer.branch_of))
     return weight_result(model, task, scores, {"method": "snip", "passes": passes.done, "seed": seed, "loss": loss})
 
 
@@ -73,13 +73,14 @@ def score_taylor(
 ) -> ScoreResult:
     """First-order Taylor (Molchanov 2019): the squared derivative of a gate after the norm, averaged over mini-batches.
 
-    A gate that is shared (residual streams) accumulates before it is squared. Evaluation mode, n passes.
+    A gate that is shared (residual streams) accumulates before it is squared. Evaluation mode, n passes, one copy
+    of the parameters.
     """
     scorer = ChannelScorer(model, graph.groups, "gate")
     product = product_with_gradient(model)
     passes = Passes(total=config.batches, progress=progress)
     keys = [group.id for group in graph.groups]
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         squares = _summed(model, task, config, seed, passes, keys, lambda key: scorer.signed(product, key).square_())
     scores = {key: value / config.batches for key, value in squares.items()}
     return channel_result(scores, graph.groups, {"method": "taylor", "passes": config.batches, "seed": seed})
@@ -88,11 +89,11 @@ def score_taylor(
 def taylor_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """First-order Taylor of every single weight: the mean of (theta * g)^2 over mini-batches; three copies of them."""
+    """First-order Taylor of every single weight: the mean of (theta * g)^2 over mini-batches; two copies of them."""
     names = weight_branches(model, task)
-    product = product_with_gradient(model)
+    product = product_with_gradient(model, once=True)
     passes = Passes(total=config.batches, progress=progress)
-    with untouched(model, seed=seed):
+    with untouched(model, seed=seed, keep_values=False):
         scores = _summed(
             model, task, config, seed, passes, list(names), lambda name: product(name).square_().div_(config.batches)
         )
@@ -123,4 +124,6 @@ def _summed(
         for total, square in zip(like, found, strict=True):
             assert square is not None
             total.add_(square)
+        assert isinstance(found, list)
+        found.clear()  # or they live through the next batch
     return dict(zip(keys, like, strict=True))

@@ -102,7 +102,7 @@ def score_synflow(
 def synflow_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SynFlow of single weights: holds the parameters once in float64, and one score and one mask a weight."""
+    """SynFlow of single weights: holds the parameters once in float64, and a score, a mask and a round a weight."""
     rounds = config.rounds if config.rounds > 1 else ROUNDS
     values = weights_of(model, task)
     flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
@@ -196,10 +196,11 @@ class Flow:
         self.passes.step("synflow")
 
     def _absolute(self, name: str, parameter: nn.Parameter) -> Tensor:
-        value = parameter.detach().double()
-        value = torch.zeros_like(value) if is_bias(name) else value.abs()
+        value = parameter.detach().to(torch.float64, copy=True).abs_()
+        if is_bias(name):
+            value.zero_()
         if name in self.masks:
-            value = value * self.masks[name]
+            value.mul_(self.masks[name])
         return value.requires_grad_(True)
 
     def _buffers(self) -> dict[str, Tensor]:
