@@ -24,23 +24,10 @@ from fusepress.export.onnx import graph_inputs, load_onnx
 from fusepress.export.worker import TAIL_LINES, Outcome, Progress, run_job
 from fusepress.pipeline.errors import BuildError, TargetError
 from fusepress.pipeline.store import atomic_write_text, disk_error, sha256_file
+from fusepress.targets.operators import ADVICE, DEFAULT_ADVICE
 
 TIMEOUT_S = 1200.0
 MIN_PLAN_BYTES = 1024  # a plan of even one layer is larger
-ADVICE = {
-    "ScatterND": "scatter without a reduction: make the indices unique and use index_put without accumulate",
-    "ScatterElements": "a max over scattered points: pad to a fixed number of points a pillar and take the max there",
-    "Unique": "make the indices unique outside the model",
-    "Det": "write the determinant out",
-    "BitShift": "multiply or divide by powers of two",
-    "DeformConv": "TensorRT-RTX has none; TensorRT has: take a target with TensorRT, or plain convolutions",
-    "NonZero": "mask by multiplication instead of selecting",
-    "Attention": "export with operator set 18 to 20, which writes attention as MatMul and Softmax",
-    "GridSample": "only 4-D input is supported: sample slice by slice",
-    "Loop": "unroll the loop",
-    "If": "write torch.where for the condition",
-}
-DEFAULT_ADVICE = "rewrite the module with plain operators, or move it outside the model"
 BUILDER = "fusepress.export.builder"
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|MemoryError|out of ?memory|Cannot allocate memory|failed to map segment", re.IGNORECASE

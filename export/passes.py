@@ -65,11 +65,11 @@ def slim(
         candidate.unlink(missing_ok=True)
 
 
-def made_up_batch(session: OnnxSession) -> Batch:
+def made_up_batch(session: OnnxSession, seed: int = 0) -> Batch:
     """One sample of the graph's own shapes: noise, and zeros for indices."""
     import torch
 
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
     inputs = {}
     for name, shape in session.inputs.items():
         dtype = session.dtype(name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusepress.pipeline.errors import RecipeError
+from fusepress.pipeline.errors import ExportError, RecipeError
 from fusepress.pipeline.recipe import PruneConfig
 from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.base import Context
@@ -80,6 +82,7 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
     smallest = {group.id: _smallest(group, ctx.recipe.prune) for group in graph.groups}
     least = cost.branch_totals(smallest)
     dense = cost.branch_totals()
+    operators = _operators(ctx, model)  # before anything is pruned
     facts: dict[str, Any] = {
         "modalities": {
             branch: {
@@ -93,12 +96,32 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
         },
         "frozen": [{"module": frozen.module, "reason": frozen.reason} for frozen in graph.frozen],
         "graph_notes": list(graph.notes),
+        "operators": operators,
     }
     if ctx.recipe.prune is not None:
         facts["budget"] = _budget(ctx, graph, cost, model)
     if ctx.recipe.finetune is not None:
         facts["finetune_seconds"] = _step_seconds(ctx, model) * ctx.recipe.finetune.steps
     return facts
+
+
+def _operators(ctx: Context, model: Any) -> dict[str, Any]:
+    """What the target's importer does not read of an export of the dense model, known before anything is trained."""
+    from fusepress.export.onnx import load_onnx
+    from fusepress.pipeline.stages import common
+    from fusepress.targets.operators import importer_of, operator_faults
+
+    importer = importer_of(ctx.profile)
+    if importer is None:
+        return {"checked": False, "why": "ONNX Runtime has every operator"}
+    with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
+        path = Path(name) / "dense.onnx"
+        try:
+            common.export_for_target(ctx, model, path)
+        except ExportError as error:
+            return {"checked": False, "why": f"the model cannot be exported: {error}", "refused": []}
+        faults = operator_faults(load_onnx(path), ctx.profile)
+    return {"checked": True, "importer": importer.name, "refused": [asdict(fault) for fault in faults]}
 
 
 def _smallest(group: Group, config: PruneConfig | None) -> int:

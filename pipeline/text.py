@@ -99,9 +99,28 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
             for name, row in facts["modalities"].items()
         ]
         lines += [f"frozen    {row['module']}: {row['reason']}" for row in facts["frozen"]]
+    lines += _operator_lines(facts.get("operators"))
     lines += _budget_lines(facts.get("budget"))
     if "finetune_seconds" in facts:
         lines.append(f"finetune  about {facts['finetune_seconds'] / 60:.1f} min on this machine (dense speed)")
+    return lines
+
+
+def _operator_lines(operators: dict[str, Any] | None) -> list[str]:
+    if operators is None or not (operators["checked"] or "refused" in operators):
+        return []
+    if not operators["checked"]:
+        return [f"operators {operators['why']}"]
+    refused = operators["refused"]
+    if not refused:
+        return [f"operators {operators['importer']} reads all of them"]
+    lines = [f"operators {operators['importer']} refuses {len(refused)} of an export of the dense model"]
+    for fault in refused:
+        mended = f" (export rewrites it by {fault['mended_by']!r} where that is exact)" if fault["mended_by"] else ""
+        lines.append(
+            f"          {fault['operator']} at {fault['node']}: {fault['why']} [{fault['basis']}]; "
+            f"{fault['advice']}{mended}"
+        )
     return lines
 
 

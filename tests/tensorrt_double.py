@@ -185,7 +185,9 @@ class Runtime:
 class _Engine:
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        self.tensors = {name: (shape, kind, is_input) for name, shape, kind, is_input in plan["tensors"]}
+        self.tensors: dict[str, tuple[list[int], int, bool]] = {
+            name: (shape, kind, is_input) for name, shape, kind, is_input in plan["tensors"]
+        }
         self.num_io_tensors = len(self.tensors)
 
     def create_engine_inspector(self) -> Any:

@@ -11,6 +11,7 @@ from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
+from fusepress.pipeline.task import Batch
 
 PARITY_RELATIVE = 1e-4
 METRIC_TOLERANCE = 1e-3
@@ -21,7 +22,7 @@ class Export:
     """Exports, slims and checks parity on real batches and on the task's metric."""
 
     name = "export"
-    version = 1
+    version = 2
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -51,6 +52,7 @@ class Export:
         model = common.current_model(ctx)
         exported = common.export_for_target(ctx, model, work / "raw.onnx")
         batches = common.calib_batches(ctx, PARITY_BATCHES)
+        rewrites, refused = rewritten_for_target(ctx, work / "raw.onnx", batches)
         slim(work / "raw.onnx", out / "model.onnx", batches)
         session = OnnxSession(out / "model.onnx")
         parity = check_parity(torch_predict(ctx.task, model), lambda feeds: session(feeds), batches)
@@ -72,6 +74,8 @@ class Export:
             "metric_tolerance": METRIC_TOLERANCE,
             "metrics_torch": in_torch,
         }
+        details |= {"rewrites": rewrites} if rewrites else {}
+        details |= {"refused_operators": refused} if refused else {}
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(out / "model.onnx", ctx)
         return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
@@ -88,6 +92,20 @@ class Export:
                     f"expected the metric {name} of the ONNX model within {METRIC_TOLERANCE} of torch; got {value:.5f} "
                     f"against {torch[name]:.5f}; the exported graph is not faithful: do not release it"
                 )
+
+
+def rewritten_for_target(ctx: Context, path: Path, batches: list[Batch] | None = None) -> tuple[list[str], list[str]]:
+    """Rewrite in place what the target's importer does not take and an exact pass mends; (done, still refused)."""
+    from fusepress.export.hygiene import rewrite
+    from fusepress.export.onnx import load_onnx
+    from fusepress.targets.operators import operator_faults
+
+    passes = list(dict.fromkeys(f.mended_by for f in operator_faults(load_onnx(path), ctx.profile) if f.mended_by))
+    done = rewrite(path, path, passes, batches) if passes else []
+    left = [fault.line() for fault in operator_faults(load_onnx(path), ctx.profile)]
+    for line in left:
+        ctx.reporter.warn(f"{ctx.profile.name} may not build this: {line}")
+    return [f"{r.name}: {', '.join(r.changed)} (largest difference {r.max_rel:.2g})" for r in done], left
 
 
 def confirmed_sparsity(path: Path, ctx: Context) -> dict[str, Any]:

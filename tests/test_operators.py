@@ -1,0 +1,171 @@
+"""Operators that a target's importer does not read are named before anything is spent."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from fusepress.export.hygiene import PASSES
+from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.errors import TargetError
+from fusepress.pipeline.planning import _operators
+from fusepress.pipeline.stages.export import rewritten_for_target
+from fusepress.pipeline.task import LoadedTask, TaskSource
+from fusepress.pipeline.text import plan_lines
+from fusepress.targets.operators import _RTX, check_operators, importer_of, operator_faults
+from fusepress.targets.profile import list_profiles, load_profile
+from tests.export_toys import ToyTask, inputs, two_branch
+from tests.onnx_graphs import Graph
+
+ADA, ORIN, HOST = (load_profile(name) for name in ("rtx-4090", "jetson-agx-orin-64gb", "host-cpu"))
+
+
+def _scatter(reduction: str, *, constant: bool = False) -> Graph:
+    graph = Graph(18)
+    canvas, updates = graph.input("canvas", [1, 6, 4]), graph.input("updates", [1, 3, 4])
+    where = (
+        graph.constant("where", np.asarray([[[0, 1], [0, 2], [0, 3]]]))
+        if constant
+        else graph.input("where", [1, 3, 2], TensorProto.INT64)
+    )
+    graph.output(graph.add("ScatterND", canvas, where, updates, name="scatter", reduction=reduction))
+    return graph
+
+
+def test_a_clean_graph_has_no_faults_anywhere() -> None:
+    graph = Graph(17)
+    graph.output(graph.add("Relu", graph.conv(graph.input("x", [1, 4, 8, 8]), (4, 8), "conv"), name="relu"))
+    for name in list_profiles():
+        assert operator_faults(graph.proto(), load_profile(name)) == []
+
+
+@pytest.mark.parametrize("profile", [ADA, ORIN], ids=["rtx", "orin"])
+def test_refused_operators_are_named_with_advice_and_basis(profile: Any) -> None:
+    graph = Graph(18)
+    x = graph.input("x", [4, 4])
+    graph.output(graph.add("Det", x, name="pose/Det"))
+    graph.output(graph.add("Unique", x, name="voxels/Unique"), ["n"])
+    faults = operator_faults(graph.proto(), profile)
+    assert [(f.operator, f.node) for f in faults] == [("Det", "pose/Det"), ("Unique", "voxels/Unique")]
+    assert faults[1].advice == "make the indices unique outside the model"
+    assert {f.basis for f in faults} == {"run" if profile is ADA else "not confirmed"}
+    assert operator_faults(graph.proto(), HOST) == []
+
+
+@pytest.mark.parametrize(("reduction", "mended_by"), [("add", "scatter"), ("max", "")])
+def test_a_scatter_with_a_reduction_is_refused(reduction: str, mended_by: str) -> None:
+    (fault,) = operator_faults(_scatter(reduction).proto(), ADA)
+    assert f"has no scatter with a reduction ({reduction})" in fault.why
+    assert fault.mended_by == mended_by
+    assert operator_faults(_scatter("none").proto(), ADA) == []
+
+
+def test_versions_read_different_operators_and_operator_sets() -> None:
+    graph = Graph(16)
+    sampled = graph.add("GridSample", graph.input("x", [1, 3, 5, 7]), graph.input("g", [1, 6, 4, 2]), name="sample")
+    graph.output(sampled)
+    assert operator_faults(graph.proto(), ORIN, tensorrt="8.5.2") == []
+    old = operator_faults(graph.proto(), ORIN, tensorrt="8.4.1")
+    assert [f.operator for f in old] == ["operator set 16", "GridSample"]
+    assert old[1].mended_by == "grid_sample"
+    graph = Graph(19)
+    graph.output(graph.add("Relu", graph.input("x", [1, 4]), name="relu"))
+    (fault,) = operator_faults(graph.proto(), ORIN, tensorrt="8.5.2")
+    assert fault.why == "TensorRT 8.5.2 reads at most 17"
+    with pytest.raises(TargetError, match=r"expected a TensorRT version such as 10\.3; got 'new'"):
+        importer_of(ORIN, "new")
+
+
+def test_attention_five_dimensions_and_zero_points_are_refused() -> None:
+    graph = Graph(23)
+    heads = [1, 3, 5, 4]
+    graph.output(graph.add("Attention", *(graph.input(n, heads) for n in "qkv"), name="attention"), heads)
+    graph.output(graph.quantized(graph.input("x", [1, 4]), "q", zero=np.asarray(3, np.int8)), [1, 4])
+    volume, grid = graph.input("v", [1, 1, 2, 2, 2]), graph.input("g", [1, 2, 2, 2, 3])
+    graph.output(graph.add("GridSample", volume, grid, name="sample"), [1, 1, 2, 2, 2])
+    faults = operator_faults(graph.proto(), ADA)
+    assert [(f.operator, f.mended_by) for f in faults] == [
+        ("Attention", "attention"),
+        ("QuantizeLinear", ""),
+        ("DequantizeLinear", ""),
+        ("GridSample", ""),
+    ]
+    assert {"attention", "scatter", "grid_sample"} <= set(PASSES)  # what faults say they are mended by
+
+
+def test_a_model_is_refused_with_all_faults_at_once(tmp_path: Path) -> None:
+    graph = _scatter("max")
+    graph.output(graph.add("Det", graph.input("m", [4, 4]), name="pose/Det"))
+    with pytest.raises(TargetError, match=r"(?s)can run; got 2 that it cannot, .*scatter: .*\n  Det at node pose/Det"):
+        check_operators(graph.save(tmp_path / "m.onnx"), ADA)
+    check_operators(graph.save(tmp_path / "m.onnx"), HOST)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+def test_the_list_of_tensorrt_rtx_is_what_it_says() -> None:
+    import tensorrt_rtx as trt
+    from onnx import defs
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    known = {schema.name for schema in defs.get_all_schemas_with_history() if schema.domain == ""}
+    assert {name for name in known if not parser.supports_operator(name)} == _RTX & known
+
+
+# --- in the pipeline --------------------------------------------------------------------------------------------------
+
+
+class _Determinant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = two_branch()
+
+    def forward(self, image: Tensor, points: Tensor, index: Tensor) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = self.inner(image, points, index)
+        return {"seg": out["seg"], "cls": out["cls"] + torch.linalg.det(points[:, :4, :4]).unsqueeze(1)}
+
+
+def _context(profile: Any) -> Any:
+    task = LoadedTask(
+        user=ToyTask(), source=TaskSource(spec="t.py:T", files=()), branches={}, metrics={"m": "max"}, keep=[]
+    )
+    return SimpleNamespace(profile=profile, task=task, reporter=Reporter(quiet=True))
+
+
+def test_the_plan_names_what_the_target_cannot_read() -> None:
+    found = _operators(_context(ADA), _Determinant().eval())
+    assert found["importer"] == "TensorRT-RTX 1.7"
+    assert [fault["operator"] for fault in found["refused"]] == ["Det"]
+    facts = {"run": "r", "target": "t", "power_mode": "m", "precision": "p", "stages": [], "operators": found}
+    lines = plan_lines(facts)
+    assert "operators TensorRT-RTX 1.7 refuses 1 of an export of the dense model" in lines
+    assert "write the determinant out" in lines[-1]
+    assert _operators(_context(HOST), nn.Identity()) == {"checked": False, "why": "ONNX Runtime has every operator"}
+
+
+def test_the_export_stage_rewrites_what_it_can_and_says_what_is_left(tmp_path: Path) -> None:
+    path = _scatter("add", constant=True).save(tmp_path / "m.onnx")
+    done, left = rewritten_for_target(_context(ADA), path)
+    assert done == ["scatter: scatter (largest difference 0)"]
+    assert left == []
+    path = _scatter("max").save(tmp_path / "n.onnx")
+    before = path.read_bytes()
+    done, left = rewritten_for_target(_context(ADA), path)
+    assert done == []
+    assert "has no scatter with a reduction (max) [run]" in left[0]
+    assert path.read_bytes() == before
+
+
+def test_the_toy_is_read_by_every_target() -> None:
+    assert inputs(1)["index"].dtype == torch.int64  # as its export has it
+    assert _operators(_context(ORIN), two_branch())["refused"] == []
