@@ -89,7 +89,7 @@ def test_attention_five_dimensions_and_zero_points_are_refused() -> None:
     heads = [1, 3, 5, 4]
     graph.output(graph.add("Attention", *(graph.input(n, heads) for n in "qkv"), name="attention"), heads)
     graph.output(graph.quantized(graph.input("x", [1, 4]), "q", zero=np.asarray(3, np.int8)), [1, 4])
-    volume, grid = graph.input("v", [1, 1, 2, 2, 2]), graph.input("g", [1, 2, 2, 2, 3])
+    volume, grid = graph.input("volume", [1, 1, 2, 2, 2]), graph.input("grid", [1, 2, 2, 2, 3])
     graph.output(graph.add("GridSample", volume, grid, name="sample"), [1, 1, 2, 2, 2])
     faults = operator_faults(graph.proto(), ADA)
     assert [(f.operator, f.mended_by) for f in faults] == [
