@@ -52,7 +52,10 @@ def score_snip(
 def snip_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SNIP: |theta * g| with g the mean gradient, as a share of the model's sum; one copy of the parameters."""
+    """SNIP: |theta * g| with g the mean gradient, as a share of the model's sum.
+
+    Two copies of the parameters: gradients, which scores replace one by one, then scores and a sorted copy for the log.
+    """
     scorer = WeightScorer(weight_branches(model, task))
     passes = Passes(total=config.batches, progress=progress)
     with untouched(model, seed=seed, keep_values=False):
@@ -89,7 +92,10 @@ def score_taylor(
 def taylor_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """First-order Taylor of every single weight: the mean of (theta * g)^2 over mini-batches; two copies of them."""
+    """First-order Taylor of every single weight: the mean of (theta * g)^2 over mini-batches.
+
+    Two copies of the parameters: the sum, and gradients, which a batch's squares replace one by one.
+    """
     names = weight_branches(model, task)
     product = product_with_gradient(model, once=True)
     passes = Passes(total=config.batches, progress=progress)
