@@ -27,7 +27,7 @@ from fusepress.pipeline.task import Batch, LoadedTask
 Array = np.ndarray[Any, Any]
 REPLICATES = 400
 RELATIVE_DROP = 0.005  # of the float model's metric, where no gate says more
-MOST_EVALUATIONS = 19  # of the calib split, for sensitivity and trials together
+MOST_EVALUATIONS = 17  # of the calib split, for sensitivity and trials; with the references fewer than 20
 SENSITIVITY_EVALUATIONS = 8  # of them at most for sensitivity
 
 
@@ -140,7 +140,7 @@ class Ladder:
         found: the rung, the units left in floating point, the trials.
         standard: what they were held to.
         reason: in words.
-        evaluations: runs of the calib split that it took, sensitivity included, in whole ones.
+        evaluations: runs of the calib split that it took, sensitivity included, the references not.
     """
 
     found: Found

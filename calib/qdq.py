@@ -15,6 +15,7 @@ import numpy as np
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MERGES = ("Concat", "Add", "Sum", "Max", "Min")  # TensorRT merges without rescaling where the scales are equal
 INT8_MAX = 127.0
+LEAST_SCALE = 2.0**-20  # FP16 still tells it from 0, by which a QuantizeLinear would divide
 
 
 class QdqGraph:
@@ -26,8 +27,11 @@ class QdqGraph:
 
     def __init__(self, proto: Any) -> None:
         self.proto = proto
-        self.producer = {output: node for node in proto.graph.node for output in node.output}
-        self.weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._index()
+
+    def _index(self) -> None:
+        self.producer = {output: node for node in self.proto.graph.node for output in node.output}
+        self.weights = {tensor.name: tensor for tensor in self.proto.graph.initializer}
 
     def source(self, tensor: str) -> str | None:
         """What a pair takes in, given the tensor that comes out of it; None where no pair makes it."""
@@ -39,7 +43,7 @@ class QdqGraph:
 
     def layers(self) -> list[str]:
         """Names of the layers that compute on quantised numbers, in the graph's order."""
-        return [node.name for node in self.proto.graph.node if self._quantised(node)]
+        return [node.name for node in self.proto.graph.node if self.quantised(node)]
 
     def activations(self) -> list[str]:
         """Tensors that a pair quantises, weights left out, in the graph's order."""
@@ -83,7 +87,25 @@ class QdqGraph:
 
     def scale(self, tensor: str) -> float:
         """The scale of a quantised activation."""
-        return float(self._array(self._scales_of(tensor)[0]))
+        return float(self.constant(self._scales_of(tensor)[0]))
+
+    def floor_scales(self) -> int:
+        """Raise scales that FP16 would round to 0, as of a channel that its norm has switched off, in place.
+
+        Returns:
+            How many tensors had one; what they hold is quantised to 0.
+        """
+        from onnx import numpy_helper
+
+        raised = 0
+        nodes = [n for n in self.proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        for name in dict.fromkeys(str(node.input[1]) for node in nodes):
+            scale = self.constant(name)
+            if (scale < LEAST_SCALE).any():
+                floored = np.maximum(scale, scale.dtype.type(LEAST_SCALE))
+                self.weights[name].CopyFrom(numpy_helper.from_array(floored, name))
+                raised += 1
+        return raised
 
     def share_scales(self) -> list[list[str]]:
         """Give the quantised inputs of each concatenation or addition (and its quantised result) one scale, in place.
@@ -93,13 +115,13 @@ class QdqGraph:
         Returns:
             The groups of tensors that share a scale; groups with a tensor in common are one.
         """
-        groups = _joined(group for node in self.proto.graph.node if len(group := self._merged(node)) > 1)
+        groups = _joined(group for node in self.proto.graph.node if len(group := self.merged(node)) > 1)
         for group in groups:
             largest = max(self.scale(tensor) for tensor in group)
             self.set_limits(dict.fromkeys(group, largest * INT8_MAX))
         return groups
 
-    def _merged(self, node: Any) -> list[str]:
+    def merged(self, node: Any) -> list[str]:
         """Quantised tensors that a node merges; a residual that is added inside a layer's kernel is one alone."""
         if node.op_type not in MERGES:
             return []
@@ -118,7 +140,8 @@ class QdqGraph:
                 names += [str(n.input[1]) for n in self.proto.graph.node if n.input and n.input[0] == node.output[0]]
         return list(dict.fromkeys(names))
 
-    def _array(self, name: str) -> Any:
+    def constant(self, name: str) -> Any:
+        """The value of an initializer."""
         from onnx import numpy_helper
 
         return numpy_helper.to_array(self.weights[name])
@@ -126,12 +149,12 @@ class QdqGraph:
     def _set_scale(self, name: str, scale: float) -> None:
         from onnx import numpy_helper
 
-        old = self._array(name)
-        # a tensor that was 0 on all samples; the smallest normal FP16 survives the conversion of the remainder
-        value = np.full_like(old, max(scale, 2.0**-14))
+        old = self.constant(name)
+        value = np.full_like(old, max(scale, LEAST_SCALE))  # a tensor may be 0 on all samples
         self.weights[name].CopyFrom(numpy_helper.from_array(value, name))
 
-    def _quantised(self, node: Any) -> bool:
+    def quantised(self, node: Any) -> bool:
+        """Whether a layer computes on quantised numbers."""
         return node.op_type in LAYERS and all(self.source(tensor) is not None for tensor in node.input[:2])
 
     def _layer_before(self, tensor: str, layers: Collection[str]) -> str | None:
@@ -164,7 +187,7 @@ class QdqGraph:
         constants = [tensor for tensor in self.proto.graph.initializer if tensor.name in read]
         del self.proto.graph.initializer[:]
         self.proto.graph.initializer.extend(constants)
-        self.__init__(self.proto)  # type: ignore[misc]
+        self._index()
 
 
 def _joined(groups: Iterable[list[str]]) -> list[list[str]]:
@@ -219,16 +242,17 @@ def fold_batchnorm(proto: Any) -> list[str]:
 def broken_rules(proto: Any) -> list[str]:
     """What of the placement of Q/DQ a TensorRT engine would not run as written, in words; empty for a sound file."""
     graph = QdqGraph(proto)
-    found = []
+    found: list[str] = []
     for node in proto.graph.node:
         taken = [source for tensor in node.input if (source := graph.source(tensor)) is not None]
         if node.op_type == "ConvTranspose" and taken:
             found.append(f"{node.name}: a transposed convolution runs in floating point whatever its Q/DQ says")
-        if node.op_type == "BatchNormalization" and getattr(graph.producer.get(node.input[0]), "op_type", "") == "Conv":
-            found.append(f"{node.name}: a batch norm behind a convolution must be folded before it is quantised")
+        before = graph.producer.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if before is not None and before.op_type == "Conv" and graph.quantised(before):
+            found.append(f"{node.name}: a batch norm behind a convolution should be folded before it is quantised")
         if node.op_type == "Conv" and len(taken) == 2 and not _per_channel(graph, node):
             found.append(f"{node.name}: weights need a scale for each output channel")
-        merged = graph._merged(node)
+        merged = graph.merged(node)
         if len({graph.scale(tensor) for tensor in merged}) > 1:
             found.append(f"{node.name}: merged tensors need one scale")
     return found
@@ -239,4 +263,4 @@ def _per_channel(graph: QdqGraph, node: Any) -> bool:
     axis = next((a.i for a in dequantize.attribute if a.name == "axis"), 1)
     source = graph.source(node.input[1])
     channels = graph.weights[source].dims[0] if source in graph.weights else -1
-    return axis == 0 and graph._array(dequantize.input[1]).reshape(-1).size == channels
+    return axis == 0 and graph.constant(dequantize.input[1]).reshape(-1).size == channels

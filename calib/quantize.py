@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from fusepress.calib.qdq import LAYERS, QdqGraph, fold_batchnorm
+from fusepress.calib.qdq import LAYERS, QdqGraph, broken_rules, fold_batchnorm
 from fusepress.calib.ranges import OWN_METHODS, OwnMethod, Ranges, measure_ranges
 from fusepress.export.onnx import EXPORTER_OPSET, ExportInfo, load_onnx, lower_opset, opset_of, save_onnx
 from fusepress.export.precision import precision_map, require_known, save_arrays
@@ -98,7 +98,7 @@ class Draft:
         proto: with Q/DQ; never changed, variants are copies.
         method: how its ranges were chosen.
         samples: calibration samples.
-        ranges: what was measured on them; None with entropy, which modelopt measures.
+        ranges: what was measured on them, whatever the method.
         excluded: nodes that the caller excluded.
         folded: batch norms that were folded.
     """
@@ -108,7 +108,7 @@ class Draft:
     proto: Any
     method: Method
     samples: int
-    ranges: Ranges | None
+    ranges: Ranges
     excluded: frozenset[str]
     folded: tuple[str, ...] = ()
 
@@ -117,15 +117,7 @@ class Draft:
         return QdqGraph(self.proto).units()
 
     def with_method(self, method: OwnMethod) -> Draft:
-        """The same Q/DQ with other ranges from the same measurement.
-
-        Raises:
-            QuantizeError: the draft was calibrated by modelopt, so nothing was kept to choose from.
-        """
-        if self.ranges is None:
-            raise QuantizeError(
-                f"expected a draft with measured ranges; got one by {self.method}; draft it with another method first"
-            )
+        """The same Q/DQ with other ranges from the same measurement."""
         proto = _copy(self.proto)
         graph = QdqGraph(proto)
         graph.set_limits(self.ranges.limits(method))
@@ -181,22 +173,23 @@ def draft_int8(
             raise _nothing(
                 _coverage(source, precision_map(folder / "placed.onnx"), "int8", excluded, ()), "int8", onnx_in
             )
-        draft = Draft(
-            source=onnx_in,
-            float_proto=source,
-            proto=proto,
-            method=method,
-            samples=samples,
-            ranges=None,
-            excluded=frozenset(excluded),
-            folded=tuple(folded),
-        )
-        if own:
-            floating = draft.write(folder / "float.onnx", graph.units())
-            draft = replace(draft, ranges=measure_ranges(floating, graph.activations(), arrays, sample_ids))
-            return draft.with_method(cast("OwnMethod", method))
+        floating = folder / "float.onnx"
+        bare = _copy(proto)
+        QdqGraph(bare).spare(graph.units())
+        floating.write_bytes(bare.SerializeToString())
+        ranges = measure_ranges(floating, graph.activations(), arrays, sample_ids)
     graph.share_scales()
-    return draft
+    draft = Draft(
+        source=onnx_in,
+        float_proto=source,
+        proto=proto,
+        method=method,
+        samples=samples,
+        ranges=ranges,
+        excluded=frozenset(excluded),
+        folded=tuple(folded),
+    )
+    return draft.with_method(cast("OwnMethod", method)) if own else draft
 
 
 def finish_int8(
@@ -224,10 +217,12 @@ def finish_int8(
     proto = draft.variant(spared)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
         if remainder == "fp16":
+            QdqGraph(proto).floor_scales()
             proto = _halve(proto, Path(name), draft.source)
     notes = _settle_opset(proto, opset_of(draft.float_proto), "int8", remainder)
     if draft.folded:
         notes += (f"{len(draft.folded)} batch norms folded into the convolutions before them",)
+    notes += tuple(broken_rules(proto))
     info = save_onnx(proto, onnx_out)
     layers = _coverage(draft.float_proto, precision_map(onnx_out), "int8", draft.excluded, spared)
     return _described("int8", draft.float_proto, draft.source, arrays, info, layers, draft.method, remainder, notes)
@@ -270,9 +265,7 @@ def quantize_fp8(
     fold_batchnorm(source)
     onnx_out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
-        folder = Path(name)
-        save_arrays(folder / "all.npz", source, arrays)
-        proto = _place(source, arrays, folder, onnx_in, "fp8", "max", remainder, excluded)
+        proto = _place(source, arrays, Path(name), onnx_in, "fp8", "max", remainder, excluded)
     notes = _settle_opset(proto, opset_of(source), "fp8", remainder)
     info = save_onnx(proto, onnx_out)
     layers = _coverage(source, precision_map(onnx_out), "fp8", excluded, ())

@@ -379,12 +379,34 @@ class SparsifyConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """Precision of the released ONNX (default: fp16, for host-cpu fp32); INT8 ranges by `method` over `samples`."""
+    """Precision of the released ONNX, and how INT8 is made.
+
+    Attributes:
+        precision: default: fp16, for host-cpu fp32.
+        samples: calibration samples.
+        method: of INT8's ranges: max, percentile (99.99 %), mse (least squared error), entropy (modelopt's), or auto:
+            of the first three the one that changes the outputs least.
+        exclude: nodes or module paths that stay in floating point.
+        search: where all layers in INT8 lose too much accuracy on the calib split, leave as few as possible in floating
+            point, at worst all of them; else all stay in INT8 whatever they lose.
+        max_drop: what INT8 may lose of the gate's metric (or the primary one) against the float model; default: what
+            gates.accuracy allows against the dense model, else 0.5 % of the metric.
+        sensitivity: measure for the report how much every layer and modality minds INT8, even where nothing is amiss.
+    """
 
     precision: Precision | None = None
     samples: int = Field(default=64, ge=1)
-    method: Literal["max", "entropy"] = "entropy"
+    method: Literal["auto", "max", "percentile", "mse", "entropy"] = "auto"
     exclude: tuple[str, ...] = ()
+    search: bool = True
+    max_drop: float | None = Field(default=None, ge=0)
+    sensitivity: bool = True
+
+    @model_validator(mode="after")
+    def _a_limit_that_is_read(self) -> QuantizeConfig:
+        if self.max_drop is not None and not self.search:
+            raise ValueError("expected `search: true` with `max_drop`, which it is the limit of; got false; remove one")
+        return self
 
 
 class VerifyConfig(Section):

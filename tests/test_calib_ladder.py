@@ -59,13 +59,7 @@ class Bench:
         self.draft: Draft = drafted(folder, lidar_gain)
         user = Agreement(self.draft.source)
         source = TaskSource(spec="toys.py:Agreement", files=())
-        task = LoadedTask(
-            user=user,
-            source=source,
-            branches=user.branches,
-            metrics={"agreement": "max"},
-            keep=[],  # type: ignore[arg-type]
-        )
+        task = LoadedTask(user=user, source=source, branches=user.branches, metrics={"agreement": "max"}, keep=[])
         self.judge = Judge(task=task, batches=[user.batch], seed=0)
         self.floating: Evaluation = self.judge.evaluate(SESSION(self.draft.source))
 

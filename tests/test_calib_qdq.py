@@ -86,6 +86,24 @@ def test_limits_reach_every_pair_of_a_tensor() -> None:
     assert scales == pytest.approx({"camera_a_scale": 0.05, "camera_a_res_scale": 0.05})
 
 
+def test_scales_that_fp16_takes_for_zero_are_raised(tmp_path: Path) -> None:
+    """A channel that its folded norm switched off has weights of 1e-12: their scale must not become 0."""
+    proto = fusion()
+    for tensor in proto.graph.initializer:
+        if tensor.name.startswith("head.weight"):
+            value = numpy_helper.to_array(tensor).copy()
+            if value.dtype == np.float32:
+                value[0] *= 1e-12
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    assert QdqGraph(proto).floor_scales() == 1
+    scales = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith("_scale")]
+    assert all((scale.astype(np.float16) > 0).all() for scale in scales)
+    assert QdqGraph(proto).floor_scales() == 0
+    head = run(proto, tmp_path)["head"]
+    assert not head[:, 0].any()
+    assert head[:, 1:].any()
+
+
 def test_rules_name_what_an_engine_would_not_run_as_written() -> None:
     g = Graph()
     weight = g.constant("up.weight", np.ones((3, 4, 2, 2), np.float32))

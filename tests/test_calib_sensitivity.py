@@ -20,7 +20,6 @@ from fusepress.calib.sensitivity import (
     spare_costs,
 )
 from fusepress.export.runtime import OnnxSession
-from fusepress.pipeline.errors import QuantizeError
 from fusepress.targets.profile import load_profile
 from tests.qdq_toys import drafted, feeds
 
@@ -138,13 +137,3 @@ def test_the_method_is_the_one_that_changes_the_outputs_least(draft: Draft) -> N
     chosen, errors = choose_method(draft, feeds(8), SESSION)
     assert set(errors) == {"max", "percentile", "mse"}
     assert errors[chosen.method] == min(errors.values())
-    with pytest.raises(QuantizeError, match="expected a draft with measured ranges; got one by entropy"):
-        Draft(
-            source=draft.source,
-            float_proto=draft.float_proto,
-            proto=draft.proto,
-            method="entropy",
-            samples=8,
-            ranges=None,
-            excluded=frozenset(),
-        ).with_method("mse")

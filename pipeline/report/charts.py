@@ -220,6 +220,35 @@ def width_chart(rows: Sequence[tuple[str, int, int]], *, title: str, most: int) 
     return _svg(width, row * len(rows) + 2, title, parts)
 
 
+def log_bar_chart(
+    rows: Sequence[tuple[str, float, bool]], *, title: str, show: Callable[[float], str], least: float, most: float
+) -> Markup:
+    """Positive values over several orders of magnitude, as bars on a logarithmic axis.
+
+    Args:
+        rows: (label, value, whether it is struck out: its bar is drawn as a track).
+        title: what a screen reader says.
+        show: how a value is printed.
+        least: the value of an empty bar.
+        most: the value of a full one; both are common to the charts of all groups.
+    """
+    width, label, value, row = 500.0, 192.0, 68.0, 18.0
+    plot, span = width - label - value, math.log(most / least) if most > least else 1.0
+    parts = []
+    for index, (name, size, struck) in enumerate(rows):
+        y = index * row
+        share = min(1.0, max(0.0, math.log(size / least) / span)) if size > 0 else 0.0
+        parts.append(_markup('<text class="c-small" x="0" y="{}">{}</text>', _n(y + 12), name))
+        parts.append(
+            _markup(
+                '<rect class="{}" x="{}" y="{}" width="{}" height="10" rx="2"/>',
+                "c-track" if struck else "c-fill", _n(label), _n(y + 3), _n(max(2.0, plot * share)),
+            )
+        )  # fmt: skip
+        parts.append(_markup('<text class="c-small c-end" x="{}" y="{}">{}</text>', _n(width), _n(y + 12), show(size)))
+    return _svg(width, row * len(rows) + 2, title, parts)
+
+
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     *,

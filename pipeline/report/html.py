@@ -14,6 +14,7 @@ from markupsafe import Markup
 from fusepress.pipeline.evidence import Kind, RunRecord, read_run
 from fusepress.pipeline.report import charts, training, view
 from fusepress.pipeline.report.explain import explain_view
+from fusepress.pipeline.report.quantization import quantization
 from fusepress.pipeline.report.sparsity import sparse_rows
 from fusepress.pipeline.store import atomic_write_text
 
@@ -76,6 +77,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         groups=view.group_rows(record),
         failures=view.failure_rows(record),
         sparse=sparse_rows(record),
+        quantized=quantization(record),
         explained=explain_view(record, run_dir),
         pictures=pictures,
         left_out=left_out,

@@ -10,6 +10,7 @@ Besides measurements and verdicts the record's free-form fields are read where p
 * `details["layers"]` of `sparsify`: what every mask kept (`sparsity.py`);
 * `details["choice"]`, `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
 * `details["history"]` and `details["looks"]` of stages that train (report/training.py);
+* `details["ladder"]`, `["sensitivity"]` and `["coverage"]` of `quantize` (report/quantization.py);
 * `details["note"]` of any stage: what a reader must know; `details["executed"]` of `build`: whether its engine ran;
 * other plain values in `details` are listed with their stage.
 
@@ -43,7 +44,7 @@ STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fa
 MODEL_STAGES = ("macs", "params", "size.onnx_mib")
 SHOWN_ELSEWHERE = (
     *("groups", "branches", "pictures", "choice", "calibration", "sparsity", "layers", "ranks", "spread_search"),
-    *("note", "history", "looks"),
+    *("note", "history", "looks", "ladder", "sensitivity"),
 )
 MOST_ITEMS = 8
 MOST_CHARACTERS = 320
