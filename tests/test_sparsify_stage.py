@@ -279,7 +279,7 @@ def masked_elsewhere(project: str) -> list[dict[str, Any]]:
 
 
 def test_all_processes_go_on_with_the_masks_weights_and_order_of_rank_0(project: Path) -> None:
-    lead, follower = run_ranks("tests.test_sparsify_stage:masked_elsewhere", project=str(project))
+    lead, follower = run_ranks("tests.test_sparsify_stage:masked_elsewhere", timeout_s=300, project=str(project))
     assert lead == follower
     assert lead[0]["orders"]
     assert json.loads(json.dumps(masked_elsewhere(str(project)))) == lead  # rank 0 is not disturbed by the others
