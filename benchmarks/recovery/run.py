@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -86,7 +87,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.4])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200])
     parser.add_argument("--until", help="HH:MM; no cell is begun after it")
     parser.add_argument("--list", action="store_true", help="only say what is done and what is left")
     parser.add_argument("--table", action="store_true", help="only print the table and write its JSON")
@@ -121,10 +122,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def planned(options: argparse.Namespace) -> Iterator[Cell]:
     """Everything at one seed before the next seed."""
-    for seed in options.seeds:
-        for macs in options.budgets:
-            for variant in options.variants:
-                yield Cell(macs=macs, variant=variant, steps=options.steps, seed=seed)
+    for seed, macs, steps in itertools.product(options.seeds, options.budgets, options.steps):
+        for variant in options.variants:
+            yield Cell(macs=macs, variant=variant, steps=steps, seed=seed)
 
 
 def path_of(store: Path, cell: Cell) -> Path:
