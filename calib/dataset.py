@@ -183,7 +183,7 @@ def _look(task: LoadedTask, name: str, stratum: str, inputs: dict[str, Tensor]) 
         stratum=stratum,
         sha256=content_sha256(inputs),
         features=sample_features(arrays),
-        constant=frozenset(key for key, array in fields.items() if np.ptp(array) == 0),
+        constant=frozenset(key for key, array in fields.items() if (array == array.flat[0]).all()),
         zero=frozenset(key for key, array in fields.items() if not array.any()),
     )
 

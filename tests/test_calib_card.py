@@ -120,7 +120,8 @@ def test_unnamed_inputs_are_blank_where_they_are_zero() -> None:
         def batches(self, split: str, seed: int, **dealt: int) -> Iterator[Batch]:
             for batch in super().batches(split, seed):
                 image, points = batch.inputs["image"], batch.inputs["points"]
-                yield batch.with_inputs(image=torch.zeros_like(image), points=torch.ones_like(points))
+                seen = torch.ones(batch.size, 4, dtype=torch.bool)
+                yield batch.with_inputs(image=torch.zeros_like(image), points=torch.ones_like(points), seen=seen)
 
     with pytest.raises(TaskError, match="got image blank in all 5 of them"):
         choose_calibration(loaded(OnesAndZeros()), 5, seed=0)

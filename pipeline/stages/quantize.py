@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -225,9 +224,10 @@ class _Int8:
         from fusepress.calib.sensitivity import branch_by_modules, measure_sensitivity, spare_costs
 
         if self._sensitivity is None:
-            tell: Callable[[float], None] = lambda done: self.ctx.reporter.update(  # noqa: E731
-                0.3 + 0.2 * done, "sensitivity of layers"
-            )
+
+            def tell(done: float) -> None:
+                self.ctx.reporter.update(0.3 + 0.2 * done, "sensitivity of layers")
+
             costs, unit = spare_costs(draft, self.ctx.profile, self.remainder, mode=self.ctx.power_mode)
             self._sensitivity = measure_sensitivity(
                 draft,
