@@ -582,6 +582,29 @@ def measure(what: str | Path, *, budgets: Sequence[str] = (), seconds: float = 1
     return Measured(measurements=measurements, verdicts=budget_verdicts(measurements, limits), environment=environment)
 
 
+def self_test(out: str | Path, *, seconds: float = 2.0, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Try TensorRT on this machine with a tiny network and write a record of it; what is missing is said.
+
+    Args:
+        out: the JSON file to write.
+        seconds: longest time spent on one latency.
+        reporter: where progress goes; default: nowhere.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    from fusepress.pipeline.self_test import self_test as run_self_test
+
+    reporter = reporter or Reporter(quiet=True)
+    reporter.begin("self-test", "1/1")
+    try:
+        record = run_self_test(seconds=seconds, say=reporter.update)
+    finally:
+        reporter.end()
+    atomic_write_text(Path(out), json.dumps(record, indent=1) + "\n")
+    return record
+
+
 def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Measured:
     from fusepress.pipeline.measuring import budget_verdicts, measure_onnx
 

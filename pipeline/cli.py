@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SELF_TEST_JSON = "fusepress-self-test.json"
+SELF_TEST_SECONDS = 2.0  # for each latency
 EPILOG = (
     "Exit codes: 0 released, 2 usage or configuration, 3 a gate failed, 4 inconclusive or anomalous, "
     "5 a stage failed, 130 interrupted."
@@ -210,12 +212,23 @@ def explain(
 
 
 @cli.command()
-@click.argument("what", metavar="RUN|MODEL.onnx", type=click.Path(path_type=Path))
+@click.argument("what", metavar="RUN|MODEL.onnx", required=False, type=click.Path(path_type=Path))
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=MS", help="Limit, e.g. p99_ms=5; repeatable.")
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time spent measuring.")
+@click.option("--self-test", is_flag=True, help="Try TensorRT on this machine with a tiny network; write a record.")
+@click.option("--out", type=click.Path(path_type=Path), default=SELF_TEST_JSON, show_default=True, help="Its file.")
 @_json_option
-def measure(what: Path, budgets: tuple[str, ...], seconds: float, as_json: bool) -> int:
-    """Measure latency on this host (ONNX Runtime); a RUN gets the figures added and is judged again."""
+def measure(
+    what: Path | None, budgets: tuple[str, ...], seconds: float, self_test: bool, out: Path, as_json: bool
+) -> int:
+    """Measure latency on this host (ONNX Runtime); a RUN gets the figures added and is judged again.
+
+    With --self-test: find out what this machine's TensorRT builds, picks and how fast it runs, as a file to send back.
+    """
+    if self_test:
+        return _self_test(out, min(seconds, SELF_TEST_SECONDS), as_json)
+    if what is None:
+        raise UsageError("expected a run folder or an ONNX file; got neither; name one, or try --self-test")
     from fusepress.pipeline import api
     from fusepress.pipeline.gates import exit_code, overall
 
@@ -320,6 +333,19 @@ def targets_predict(model: Path, target: str, precision: Any, mode: str | None, 
         click.echo(json.dumps(prediction_json(prediction), indent=1))
     else:
         _print_lines(prediction_lines(prediction))
+    return 0
+
+
+def _self_test(out: Path, seconds: float, as_json: bool) -> int:
+    from fusepress.pipeline import api
+    from fusepress.pipeline.console import Reporter
+    from fusepress.pipeline.text import self_test_lines
+
+    record = api.self_test(out, seconds=seconds, reporter=Reporter(quiet=as_json))
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    else:
+        _print_lines([*self_test_lines(record), f"wrote     {out}: send it back with an issue to have this confirmed"])
     return 0
 
 

@@ -161,6 +161,31 @@ def explanation_lines(found: Explanation) -> list[str]:
     return lines
 
 
+def self_test_lines(record: dict[str, Any]) -> list[str]:
+    """What a self-test found: one line a build, and what is missing."""
+    machine = record["machine"]
+    lines = [f"machine   {machine['system']}, {machine['host'].get('cpu', 'an unknown CPU')}"]
+    lines += [_attempt_line("onnx", kind, attempt) for kind, attempt in record["onnxruntime"].items()]
+    for runtime in ("tensorrt", "tensorrt_rtx"):
+        found = record[runtime]
+        if "version" in found["importer"]:
+            refused = len(found["importer"]["operators_refused"])
+            lines.append(f"{runtime} {found['importer']['version']}: refuses {refused} of the ONNX operators")
+        lines += [_attempt_line("build", name, attempt) for name, attempt in found.get("builds", {}).items()]
+    return lines + [f"missing   {why}" for why in record["missing"]]
+
+
+def _attempt_line(what: str, name: str, attempt: dict[str, Any]) -> str:
+    if not attempt["ok"]:
+        return f"{what:<10}{name}: {attempt['error'].splitlines()[0]}"
+    parts = [f"{count} layers in {precision}" for precision, count in attempt.get("precisions", {}).items()]
+    if "sparse" in attempt:
+        parts += [f"{key} {value}" for key, value in attempt["sparse"].items() if key != "because"]
+    latency = attempt.get("latency") or attempt.get("run", {}).get("latency")
+    parts.append(f"{latency['mean_ms']:.4g} ms" if latency else "built, not executed")
+    return f"{what:<10}{name}: {', '.join(parts)}"
+
+
 def print_profiles(profiles: Sequence[Profile]) -> None:
     """The table of device profiles."""
     from rich import box

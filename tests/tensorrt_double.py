@@ -11,7 +11,6 @@ import ctypes
 import enum
 import json
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ import onnx
 PLAYS = int(os.environ.get("TENSORRT_DOUBLE", "10"))
 __version__ = {8: "8.5.2", 10: "10.3.0", 11: "11.4.1"}[PLAYS]
 DLA_OPERATORS = ("Conv", "Relu")
+CLOCK_NS = [0]  # what inferences take, by this clock alone
 
 
 class ILogger:
@@ -29,7 +29,7 @@ class ILogger:
 
 
 class Logger(ILogger):
-    WARNING = 2
+    ERROR, WARNING = 1, 2
 
     def __init__(self, severity: int) -> None:
         super().__init__()
@@ -163,6 +163,9 @@ class OnnxParser:
     def __init__(self, network: _Network, logger: Any) -> None:
         self.network = network
 
+    def supports_operator(self, name: str) -> bool:
+        return name != "Det"
+
     def parse_from_file(self, path: str) -> bool:
         graph = onnx.load(Path(path)).graph
         self.network.layers = [SimpleNamespace(name=node.name, op=node.op_type) for node in graph.node]
@@ -230,7 +233,7 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         sparse = int(BuilderFlag.SPARSE_WEIGHTS) in self.engine.plan["flags"]
         slow = os.environ.get("TENSORRT_DOUBLE_SLOW", "plain")
-        time.sleep(0.004 if sparse == (slow == "sparse") else 0.001)
+        CLOCK_NS[0] += 4_000_000 if sparse == (slow == "sparse") else 1_000_000
         names = list(self.engine.tensors)
         first = next(name for name in names if self.engine.tensors[name][2])
         total = sum(self._floats(first))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from fusepress.export import engine as engine_module
 from fusepress.export.builder import Phases
 from fusepress.export.engine import (
     BuildOptions,
@@ -29,6 +26,7 @@ from fusepress.export.engine import (
 from fusepress.export.onnx import export_onnx
 from fusepress.export.timing_cache import TimingCacheFile
 from fusepress.pipeline.errors import BuildError, StoreError, TargetError
+from tests.doubles import play_tensorrt
 from tests.export_toys import inputs, two_branch
 
 needs_rtx = pytest.mark.skipif(
@@ -225,20 +223,8 @@ def test_an_accelerator_that_is_not_there_is_refused(model: Path, tmp_path: Path
 @pytest.fixture(params=[10, 11])
 def double(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """A module called tensorrt that is our test double, beside a GPU that is a file."""
-    return _play(int(request.param), tmp_path, monkeypatch)
-
-
-def _play(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    folder = tmp_path / "double"
-    folder.mkdir()
-    shutil.copy(Path(__file__).with_name("tensorrt_double.py"), folder / "tensorrt.py")
-    (folder / "gpu").touch()
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setenv("TENSORRT_DOUBLE", str(version))
-    monkeypatch.setattr(engine_module, "_GPU_FILES", (str(folder / "gpu"),))
-    importlib.invalidate_caches()
-    return version
+    play_tensorrt(request.param, tmp_path, monkeypatch)
+    return int(request.param)
 
 
 def test_the_double_is_asked_for_what_the_options_say(double: int, model: Path, tmp_path: Path) -> None:
@@ -280,7 +266,7 @@ def test_a_timing_cache_that_was_changed_or_is_not_accepted_is_started_anew(
 def test_layers_that_the_accelerator_leaves_to_the_gpu_are_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _play(10, tmp_path, monkeypatch)
+    play_tensorrt(10, tmp_path, monkeypatch)
     info = build_tensorrt_engine(model, tmp_path / "m.plan", options=BuildOptions(dla_core=1))
     assert "GridSample" in info.fallback
     assert not {"fuse/Conv", "Relu"} & set(info.fallback)
@@ -293,7 +279,7 @@ def test_layers_that_the_accelerator_leaves_to_the_gpu_are_named(
 def test_a_version_without_strong_typing_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _play(8, tmp_path, monkeypatch)
+    play_tensorrt(8, tmp_path, monkeypatch)
     with pytest.raises(BuildError, match=r"version 8\.5\.2 has no strong typing"):
         build_tensorrt_engine(model, tmp_path / "m.plan")
 

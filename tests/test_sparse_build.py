@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
-import os
-import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,8 +34,10 @@ from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.stages import build as build_stage
 from fusepress.pipeline.store import sha256_file
 from fusepress.pipeline.task import Batch, LoadedTask, TaskSource
+from fusepress.targets import measure
 from fusepress.targets.measure import Speedup
 from fusepress.targets.profile import load_profile
+from tests.doubles import play_tensorrt
 from tests.onnx_graphs import Graph
 from tests.test_export_sparsity import report_of
 
@@ -155,21 +155,11 @@ class _Task:
 @pytest.fixture
 def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tensorrt is our test double and lives on the CPU; the GPU is an Orin that is a file."""
-    folder = tmp_path / "double"
-    folder.mkdir()
-    shutil.copy(Path(__file__).with_name("tensorrt_double.py"), folder / "tensorrt.py")
-    (folder / "gpu").touch()
-    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'Orin, 8.7'\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TENSORRT_DOUBLE", "10")
-    monkeypatch.delitem(importlib.import_module("sys").modules, "tensorrt", raising=False)
-    importlib.invalidate_caches()
+    play_tensorrt(10, tmp_path, monkeypatch)
     monkeypatch.setattr(engine_run, "EngineSession", partial(EngineSession, device="cpu"))
     monkeypatch.setattr(build_stage, "TRIAL_SECONDS", 0.2)
+    clock = partial(measure.measure_interleaved, clock=lambda: sys.modules["tensorrt"].CLOCK_NS[0])
+    monkeypatch.setattr(measure, "measure_interleaved", clock)
 
 
 def _context(model: Path) -> Any:
@@ -204,7 +194,8 @@ def test_the_faster_engine_is_kept(
     assert shown["2:4"].startswith(f"{decision}: ")
     assert (shown["valid in the ONNX"], shown["eligible in the build log"], shown["picked by a tactic"]) == (2, 2, 1)
     value, low, high = shown["speed-up of sparse kernels"]
-    assert low <= value <= high
+    assert value == pytest.approx(4 if decision == "kept" else 1 / 4)
+    assert low == high == pytest.approx(value)
     assert details["executed"]
     plan = json.loads((out / "model.engine").read_bytes())
     assert (2 in plan["flags"]) == (decision == "kept")
