@@ -93,7 +93,9 @@ def coverage(features: Sequence[Mapping[str, float]], strata: Sequence[str], cho
     low_F, high_F = picked_KF.min(axis=0), picked_KF.max(axis=0)
     within_F = ((table_NF >= low_F) & (table_NF <= high_F)).mean(axis=0)
     scaled_NF = standardise(table_NF)
-    gaps_NK = np.linalg.norm(scaled_NF[:, None] - scaled_NF[list(chosen)][None], axis=2)
+    gap_N = np.full(len(features), np.inf)
+    for index in chosen:
+        gap_N = np.minimum(gap_N, np.linalg.norm(scaled_NF - scaled_NF[index], axis=1))
     taken = [strata[i] for i in chosen]
     return {
         "strata": {label: [list(strata).count(label), taken.count(label)] for label in sorted(set(strata))},
@@ -107,6 +109,6 @@ def coverage(features: Sequence[Mapping[str, float]], strata: Sequence[str], cho
             }
             for f, name in enumerate(names)
         },
-        "radius": float(gaps_NK.min(axis=1).max()),
+        "radius": float(gap_N.max()),
         "spread": float(np.linalg.norm(scaled_NF, axis=1).max()),
     }

@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 Session = Callable[[Path], OnnxSession]
 FUSION = "fusion"
 PROXY_SAMPLES = 8
+OTHER_RUNS = 4  # of each sample: the float model, all INT8, and both sides of every layer
 LEAST_COST = 1e-3  # of the most expensive unit: what costs nothing to spare is still not spared for nothing
 
 
@@ -175,8 +176,8 @@ def measure_sensitivity(
     for unit in units:
         members.setdefault(branch_of(unit), []).append(unit)
     variants = len(units) + len(members)
-    both_ways = 2 * variants + 3 <= most_runs
-    planned = (2 if both_ways else 1) * variants + 3
+    both_ways = 2 * variants + OTHER_RUNS <= most_runs
+    planned = (2 if both_ways else 1) * variants + OTHER_RUNS
     tries = Tries(draft, arrays, max(1, min(PROXY_SAMPLES, most_runs // planned)), session)
     local = local_errors(draft, tries.feeds)
     tries.runs += 2 * tries.samples  # every layer ran twice
