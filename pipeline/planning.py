@@ -18,6 +18,7 @@ from fusepress.pipeline.store import Store, content_key
 if TYPE_CHECKING:
     from fusepress.pipeline.graph.plan import Group
 
+EVERY_OPERATOR = "ONNX Runtime has every operator"
 FLOOR = PruneConfig.model_fields["floor"].default
 LEAST = PruneConfig.model_fields["min_channels"].default
 
@@ -41,6 +42,8 @@ def plan_run(ctx: Context, folder: Path) -> dict[str, Any]:
     }
     if not ctx.from_onnx:
         result |= _model_facts(ctx)
+    elif ctx.checkpoint is not None:
+        result["operators"] = _operators_of(ctx, ctx.checkpoint)
     return result
 
 
@@ -107,20 +110,28 @@ def _model_facts(ctx: Context) -> dict[str, Any]:
 
 def _operators(ctx: Context, model: Any) -> dict[str, Any]:
     """What the target's importer does not read of an export of the dense model, known before anything is trained."""
-    from fusepress.export.onnx import load_onnx
     from fusepress.pipeline.stages import common
-    from fusepress.targets.operators import importer_of, operator_faults
+    from fusepress.targets.operators import importer_of
 
-    importer = importer_of(ctx.profile)
-    if importer is None:
-        return {"checked": False, "why": "ONNX Runtime has every operator"}
+    if importer_of(ctx.profile) is None:
+        return {"checked": False, "why": EVERY_OPERATOR}
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
         path = Path(name) / "dense.onnx"
         try:
             common.export_for_target(ctx, model, path)
         except ExportError as error:
             return {"checked": False, "why": f"the model cannot be exported: {error}", "refused": []}
-        faults = operator_faults(load_onnx(path), ctx.profile)
+        return _operators_of(ctx, path)
+
+
+def _operators_of(ctx: Context, path: Path) -> dict[str, Any]:
+    from fusepress.export.onnx import load_onnx
+    from fusepress.targets.operators import importer_of, operator_faults
+
+    importer = importer_of(ctx.profile)
+    if importer is None:
+        return {"checked": False, "why": EVERY_OPERATOR}
+    faults = operator_faults(load_onnx(path), ctx.profile)
     return {"checked": True, "importer": importer.name, "refused": [asdict(fault) for fault in faults]}
 
 

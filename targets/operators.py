@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fusepress.pipeline.errors import TargetError
@@ -197,19 +196,3 @@ def _zero_points(proto: Any) -> dict[str, bool]:
     wanted = {n.input[2] for n in proto.graph.node if n.op_type in _QDQ and len(n.input) > 2}
     constants = [t for t in proto.graph.initializer if t.name in wanted]
     return {t.name: not numpy_helper.to_array(t).astype(float).any() for t in constants}
-
-
-def check_operators(source: Path, profile: Profile, tensorrt: str | None = None) -> None:
-    """Refuse a model that the target cannot read, all of its faults at once.
-
-    Raises:
-        TargetError: with every node, why, and what to do.
-    """
-    import onnx
-
-    faults = operator_faults(onnx.load(source, load_external_data=False), profile, tensorrt)
-    if faults:
-        lines = "\n  ".join(fault.line() for fault in faults)
-        raise TargetError(
-            f"expected operators that {profile.name} can run; got {len(faults)} that it cannot, at {source}:\n  {lines}"
-        )

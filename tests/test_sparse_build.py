@@ -162,7 +162,7 @@ def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure_interleaved", clock)
 
 
-def _context(model: Path) -> Any:
+def _context(model: Path, target: str = "jetson-agx-orin-64gb") -> Any:
     task = LoadedTask(
         user=_Task(),
         source=TaskSource(spec="toys.py:Toy", files=()),
@@ -173,8 +173,10 @@ def _context(model: Path) -> Any:
     return SimpleNamespace(
         artifacts={"onnx": model, "masks": model},
         recipe=SimpleNamespace(wants_2to4=True),
-        profile=load_profile("jetson-agx-orin-64gb"),
-        power_mode="MAXN",
+        profile=load_profile(target),
+        power_mode=load_profile(target).default_mode,
+        precision="fp32",
+        on_host=False,
         reporter=Reporter(quiet=True),
         task=task,
     )
@@ -200,6 +202,28 @@ def test_the_faster_engine_is_kept(
     plan = json.loads((out / "model.engine").read_bytes())
     assert (2 in plan["flags"]) == (decision == "kept")
     assert details["engine"]["sha256"] == sha256_file(out / "model.engine")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+def test_the_stage_says_unproven_where_engines_are_built_ahead_of_time(model: Path, tmp_path: Path) -> None:
+    made = build_stage.Build().run(_context(model, "rtx-4090"), tmp_path / "out", tmp_path / "work")
+    shown = made.details["sparsity"]
+    assert (shown["valid in the ONNX"], shown["picked by a tactic"]) == (2, "unknown")
+    assert shown["2:4"].startswith("unproven: tensorrt_rtx builds the same bytes")
+    assert made.details["executed"] is False
+    assert made.artifacts == {"engine": "model.engine"}
+    assert made.details["engine"]["sha256"] == sha256_file(tmp_path / "out/model.engine")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_the_stage_says_unproven_where_only_a_kit_is_made(model: Path, tmp_path: Path) -> None:
+    made = build_stage.Build().run(_context(model), tmp_path / "out", tmp_path / "work")
+    assert made.artifacts == {"build_kit": "kit"}
+    assert made.details["sparsity"]["2:4"] == (
+        "unproven: no engine was built here; the kit builds and times it both ways on the device"
+    )
+    assert made.details["sparsity"]["eligible in the build log"] == "unknown"
+    assert "--sparsity=enable" in (tmp_path / "out/kit/build.sh").read_text()
 
 
 @pytest.mark.usefixtures("double")
