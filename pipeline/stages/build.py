@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 ENGINE = "model.engine"
 NOT_EXECUTED_BY_US = "built by TensorRT on this machine, by code that was not executed by us: compare it with the kit"
-    "built by TensorRT on this machine; this path of Fusepress was not executed by us, so compare the kit"
-)
 REFERENCE_SAMPLES = 2
 TRIAL_SECONDS = 20.0
 BUILD_TIMEOUT_S = 1200
