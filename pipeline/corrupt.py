@@ -44,6 +44,19 @@ def failures_of(task: LoadedTask) -> list[str]:
     return list(dict.fromkeys([*getattr(task.user, "failures", ()), *defaults]))
 
 
+def watched(task: LoadedTask) -> list[str]:
+    """Failures that every compressed fusion model is looked at under, whether a gate names them or not.
+
+    Each modality dead, and half of what is not a camera: `camera_blank`, `lidar_blank`, `lidar_half`. None where there
+    is one modality only, and those of a modality only where the task says which inputs are its.
+
+    Raises:
+        TaskError: `inputs_by_modality` names an unknown modality, or is no mapping to input names.
+    """
+    known = inputs_by_modality(task) if len(task.branches) > 1 else {}
+    return [f"{m}_{kind}" for m in known for kind in ("blank", "half") if kind == "blank" or "camera" not in m]
+
+
 def corrupt(task: LoadedTask, batch: Batch, failure: str, severity: int = 3) -> Batch:
     """A batch as a failing sensor would give it.
 

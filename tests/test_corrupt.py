@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fusepress.pipeline.corrupt import blank, corrupt, failures_of
+from fusepress.pipeline.corrupt import blank, corrupt, failures_of, watched
 from fusepress.pipeline.errors import RecipeError, TaskError
 from fusepress.pipeline.task import Batch, LoadedTask, TaskSource
 
@@ -142,6 +143,17 @@ def test_a_task_may_decline_a_failure(decline: str) -> None:
     assert float(corrupt(task, make_batch(), "camera_blank", 3).inputs["image"].sum()) == 0.0
     with pytest.raises(RecipeError, match=r"got 'fog'; add it to Declines\.corrupt"):
         corrupt(task, make_batch(), "fog", 3)
+
+
+def test_every_modality_is_watched_dead_and_half_of_what_is_no_camera() -> None:
+    assert watched(load(Plain())) == ["camera_blank", "lidar_blank", "lidar_half"]
+
+
+def test_nothing_is_watched_where_no_inputs_are_named_or_one_modality_is_all() -> None:
+    assert watched(load(object())) == []
+    alone = Plain()
+    alone.inputs_by_modality = {"camera": ["image"]}
+    assert watched(replace(load(alone), branches={"camera": ["camera"]})) == []
 
 
 def test_an_unknown_failure_names_the_known_ones() -> None:

@@ -76,6 +76,16 @@ def test_the_pruned_model_loads_into_the_strangers_own_class_and_equals_the_onnx
     assert sum(v.numel() for v in load_file(run_folder / "finetune/finetuned.safetensors").values()) < dense
 
 
+def test_failures_that_no_gate_names_are_reported_beside_the_accuracy(run_folder: Path) -> None:
+    record = json.loads((run_folder / "run.json").read_text())
+    verify = next(stage for stage in record["stages"] if stage["name"] == "verify")
+    assert verify["details"]["failures"] == ["cameras_blank.3", "lidar_blank.3", "lidar_half.3"]
+    judged = {verdict["gate"] for stage in record["stages"] for verdict in stage["verdicts"]}
+    assert "robustness.cameras_blank" in judged
+    assert not any(gate.startswith("robustness.lidar") for gate in judged)
+    assert "lidar blank" in (run_folder / "report.html").read_text()
+
+
 def test_the_kit_for_the_device_is_there_and_no_engine_is_claimed(run_folder: Path) -> None:
     record = json.loads((run_folder / "run.json").read_text())
     assert "engine" not in record["artifacts"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from fusepress.pipeline.corrupt import corrupt
+from fusepress.pipeline.corrupt import corrupt, watched
 from fusepress.pipeline.distributed import is_main
+from fusepress.pipeline.errors import FusepressError
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Condition, Replicates, compare, save_replicates
@@ -14,18 +16,40 @@ from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
 
+logger = logging.getLogger(__name__)
 HOST_MEASURE_SECONDS = 10.0
 PICTURE_SAMPLES = 2
 CLEAN = ("", 0)
+WORST = 3  # severity
 
 Pairs = dict[tuple[str, int], tuple[Evaluation, Evaluation]]
+
+
+def _tried(ctx: Context) -> dict[str, int]:
+    """Failures with their severity: those that gates name, and those that every compressed model is looked at under."""
+    gates = {name: gate.severity for name, gate in ctx.recipe.gates.robustness.items()}
+    return dict(sorted((dict.fromkeys(watched(ctx.task), WORST) | gates).items()))
+
+
+def _can_fail(ctx: Context, failure: str) -> bool:
+    """Whether a failure that no gate names can act on the task's samples; if it cannot, the log says why."""
+    if failure in ctx.recipe.gates.robustness:
+        return True  # then what is wrong ends the stage
+    from fusepress.pipeline.task import cut_batch, first_batch
+
+    try:
+        corrupt(ctx.task, cut_batch(first_batch(ctx.task, "eval"), 1), failure, WORST)
+    except FusepressError as error:
+        logger.warning("robustness to %s is not looked at: %s", failure, error)
+        return False
+    return True
 
 
 class Verify:
     """Collects the numbers that gates judge; it judges nothing itself."""
 
     name = "verify"
-    version = 1
+    version = 2
     every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
@@ -34,13 +58,12 @@ class Verify:
 
     def key_parts(self, ctx: Context) -> KeyParts:
         """The released ONNX, the dense model, which failures are tried, and the evaluation data."""
-        failures = {name: gate.severity for name, gate in sorted(ctx.recipe.gates.robustness.items())}
         return key_parts(
             ctx,
             self,
             config={
                 "replicates": ctx.recipe.verify.replicates,
-                "failures": failures,
+                "failures": _tried(ctx),
                 "precision": ctx.precision,
                 "seed": ctx.recipe.seed,
                 "host": ctx.on_host,
@@ -90,16 +113,16 @@ class Verify:
 
     @staticmethod
     def _failures(ctx: Context, dense: Predict, compressed: Predict) -> Pairs:
-        """Dense and compressed under each failure that a gate names, on the same corrupted samples."""
+        """Dense and compressed under each failure, on the same corrupted samples."""
         pairs: Pairs = {}
-        gates = sorted(ctx.recipe.gates.robustness.items())
-        for index, (failure, gate) in enumerate(gates):
-            ctx.reporter.update(0.3 + 0.4 * index / len(gates), f"failure {failure}")
+        tried = {failure: severity for failure, severity in _tried(ctx).items() if _can_fail(ctx, failure)}
+        for index, (failure, severity) in enumerate(tried.items()):
+            ctx.reporter.update(0.3 + 0.4 * index / len(tried), f"failure {failure}")
 
-            def broken(batch: Any, failure: str = failure, severity: int = gate.severity) -> Any:
+            def broken(batch: Any, failure: str = failure, severity: int = severity) -> Any:
                 return corrupt(ctx.task, batch, failure, severity)
 
-            pairs[failure, gate.severity] = (
+            pairs[failure, severity] = (
                 evaluate(ctx.task, dense, "eval", corrupt=broken),
                 evaluate(ctx.task, compressed, "eval", corrupt=broken),
             )
