@@ -260,15 +260,15 @@ class FailsAt:
         return losses
 
 
-# passes with n = 2, B = 3: 1-2 contribution, 3-4 g0, 5-7 reactivation, 8-9 gB, then the second modality
+# passes with n = 2, B = 3: 1-2 contribution, 3-5 reactivation, 6-7 gB, 8-9 g0, then the second modality
 @pytest.mark.parametrize(
     ("at", "where"),
     [
         (1, r"batch 0 \(contribution, nothing masked\)"),
-        (4, r"batch 1 \(camera masked\)"),
-        (6, r"reactivation step 1 \(camera masked\)"),
-        (9, r"batch 1 \(camera masked, reactivated\)"),
-        (13, r"reactivation step 1 \(lidar masked\)"),
+        (4, r"reactivation step 1 \(camera masked\)"),
+        (7, r"batch 1 \(camera masked, reactivated\)"),
+        (9, r"batch 1 \(camera masked\)"),
+        (11, r"reactivation step 1 \(lidar masked\)"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_with_advice_and_the_model_as_it_was(at: int, where: str) -> None:
@@ -300,6 +300,16 @@ def test_a_gradient_that_is_not_finite_names_the_parameter() -> None:
 
     model = LinearFusion([0.5], [0.5])
     with pytest.raises(TrainingError, match=r"finite gradients; got NaN or infinity at camera\.weight \(contribution"):
+        weight_scores(model, loaded([regression()], LINEAR, root), FAST, seed=0)
+
+
+def test_a_gradient_that_is_not_finite_where_a_modality_is_masked_stops_before_the_first_step() -> None:
+    def root(outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        return {"root": outputs.square().sum().sqrt()}  # finite slope but at zero, where a masked camera leaves it
+
+    model = LinearFusion([0.5], [0.0])
+    message = r"finite gradients; got NaN or infinity at lidar\.weight \(reactivation step 0 \(camera masked\)\)"
+    with pytest.raises(TrainingError, match=message):
         weight_scores(model, loaded([regression()], LINEAR, root), FAST, seed=0)
 
 
@@ -460,7 +470,7 @@ def test_passes_are_counted_and_each_gradient_uses_the_same_data() -> None:
         toy.model, toy.task, ToyGraph(toy.groups), FAST, seed=0, progress=lambda done, _: fractions.append(done)
     )
     ids = [seen["batch"] for seen in watching.seen]
-    stage = ["0-0", "1-0", "2-0", "3-0", "4-0", "0-0", "1-0"]  # g0 on D, B = 3 batches after D, gB on D
+    stage = ["2-0", "3-0", "4-0", "0-0", "1-0", "0-0", "1-0"]  # B = 3 batches after D, gB on D, g0 on D
     assert ids == ["0-0", "1-0", *stage, *stage]
     assert result.log["passes"] == len(ids) == 2 + 2 * (2 * 2 + 3)
     assert result.log["samples"] == 5
@@ -496,7 +506,8 @@ def test_reactivation_trains_the_unmasked_branches_and_the_fusion_and_nothing_el
     camera_masked, lidar_masked = {"lidar.conv1.weight", "fuse.weight"}, {"camera.conv1.weight", "fuse.weight"}
     expected: list[set[str]] = [set(), set()]
     for after in (camera_masked, lidar_masked):
-        expected += [set(), set(), set(), after, after, after, after]  # the first step sees the initial weights
+        # the first step sees the initial weights, and so does the gradient that comes last
+        expected += [set(), after, after, after, after, set(), set()]
     assert moved == expected
 
 
@@ -508,7 +519,7 @@ def test_a_model_that_is_frozen_as_a_whole_is_reactivated_all_the_same() -> None
     assert not any(p.requires_grad for p in frozen.model.parameters())
 
 
-def test_memory_stays_within_three_copies_of_the_parameters() -> None:
+def test_two_copies_of_what_is_not_masked_are_held() -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -540,7 +551,7 @@ def test_memory_stays_within_three_copies_of_the_parameters() -> None:
     before, peak = peak, 0  # what other tests left behind, and the model itself
     config = ScoreConfig(beta=1.0, batches=2, reactivation_batches=1)
     score_altermoma(model, loaded([batch], LINEAR, counting), ToyGraph(groups), config, seed=0)
-    assert 2.2 * size < peak - before <= 3.05 * size  # a masked branch has neither gradient
+    assert 1.2 * size < peak - before <= 1.5 * size  # of two thirds: theta or gB, and the gradient; plus activations
 
 
 def _linear_group(name: str) -> Any:

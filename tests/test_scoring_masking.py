@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -262,6 +262,34 @@ def test_a_changed_parameter_of_which_no_copy_was_kept_is_named(write: Callable[
         change()
     assert model.training  # flags come back all the same
     assert not model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("keep_values", [False, True])
+def test_what_may_change_for_a_while_is_kept_no_longer(keep_values: bool) -> None:
+    model = ConvToy().model
+    before = state_bytes(model)
+    with untouched(model, keep_values=keep_values) as snapshot:
+        kept = set(snapshot.initial)
+        for fail in (False, True):
+            with suppress(KeyError), snapshot.changing([model.fuse.weight]):
+                assert set(snapshot.initial) == kept | {model.fuse.weight}
+                model.fuse.weight.data.neg_()
+                if fail:
+                    raise KeyError("in the middle")
+            assert set(snapshot.initial) == kept
+            assert state_bytes(model) == before
+
+
+def test_what_changes_beside_the_parameters_that_may_is_named() -> None:
+    model = ConvToy().model
+
+    def change() -> None:
+        with untouched(model, keep_values=False) as snapshot, snapshot.changing([model.fuse.weight]):
+            model.fuse.weight.data.neg_()
+            model.head.bias.data.neg_()
+
+    with pytest.raises(TaskError, match=r"got other values at \['head.bias'\] \(1"):
+        change()
 
 
 def test_without_copies_buffers_and_flags_come_back_too() -> None:

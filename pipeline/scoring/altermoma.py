@@ -5,6 +5,7 @@ With theta the trained dense weights, D a fixed set of training batches and B re
 * DeCI = |theta * g|, g the mean gradient on D, nothing masked (eq. 6): what a weight contributes.
 * Per modality m: mask m, take g0 on D, train the other branches and the fusion for B batches, take gB on the same D,
   put theta back. ReRI = |theta * (g0 - gB)| (eq. 10): what wakes up when m falls silent was redundant beside m.
+  (Here g0 comes after gB: then either theta or gB is held beside the gradient that accumulates, not both.)
 * S = alpha*N(DeCI) - beta*N(ReRI), N dividing by the sum over the branch (eq. 11 to 13). A branch takes the mean of
   N(ReRI) over the stages in which another modality is masked, the fusion over all stages. With two modalities that is
   the paper's formula: one stage for a branch, halves for the fusion. In every branch the scores add up to alpha - beta.
@@ -92,8 +93,8 @@ def score_altermoma(
     """AlterMOMA scores of the channels of every coupled group.
 
     Costs n + M*(2n + B) forward-backward passes for n scoring batches, B reactivation batches and M modalities, and
-    three copies of the parameters beside the model: theta, g0 and the gradient that accumulates (Adam keeps two more;
-    without the redundancy term, with beta 0, the gradient is all).
+    two copies of the parameters that are not masked beside the model: theta, then gB, and the gradient that accumulates
+    (Adam keeps two more; without the redundancy term, with beta 0, the gradient is all).
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -131,8 +132,9 @@ def weight_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """AlterMOMA scores of every single weight, as in the paper (unstructured); knows no `normalise: cost`.
 
-    Costs what `score_altermoma` does, and beside its copies of the parameters holds the scores and, of the fusion, the
-    sum over the stages.
+    Costs what `score_altermoma` does, and beside its copies of the parameters holds the scores and, of what is not
+    masked in several stages (the fusion, of two modalities), the sum so far: with a part f of the parameters in the
+    fusion and a part m in the modality, 1 + 2 (1 - m) + f copies in all.
 
     Args:
         model: the trained dense network; comes back bit-identical.
@@ -268,7 +270,7 @@ def alternate(
     passes = Passes(
         total=config.batches + len(stages) * (2 * config.batches + config.reactivation_batches), progress=progress
     )
-    with untouched(model, seed=seed, keep_values=bool(stages)) as snapshot:
+    with untouched(model, seed=seed, keep_values=False) as snapshot:
         run = Alternation(
             model=model, task=task, scorer=scorer, config=config, seed=seed, passes=passes, snapshot=snapshot
         )
@@ -385,7 +387,7 @@ class Alternation:
         config: batches and reactivation.
         seed: of the training batches.
         passes: counts and reports.
-        snapshot: theta_init.
+        snapshot: sets theta_init back.
         data: the batches D, the same for every gradient; of several processes each has its share.
     """
 
@@ -412,23 +414,23 @@ class Alternation:
         where = f"{modality} {'masked' if self.config.reactivation == 'noise' else self.config.reactivation}"
         equal = masking_equals_zeroing(self.model, self._inputs(), self.task.branches, modality)
         others = [p for name, p in self.model.named_parameters() if branch_of[name] != modality]
+        self.model.zero_grad(set_to_none=True)  # what came before needs its gradients no more
         try:
+            self._freeze(branch_of, modality)
             with self._silenced(modality):
-                before = mean_gradients(self.model, self.task, self.data, self.passes, where)
-                if self.config.reactivation in ("masked", "noise"):
-                    check_masked_gradients(self.model, branch_of, modality)
-                self._freeze(branch_of, modality)
-                first = {p: p.grad for p in others if p.grad is not None}
-                self.model.zero_grad(set_to_none=True)  # they are `first` now
-                steps = self._reactivate(others, where)
-                if self.config.reactivation == "noise":
-                    self._scatter(others, modality)
-                moved = self._moved(others)
-                after = mean_gradients(self.model, self.task, self.data, self.passes, f"{where}, reactivated")
+                with self.snapshot.changing(others):
+                    steps = self._reactivate(others, where)
+                    if self.config.reactivation == "noise":
+                        self._scatter(others, modality)
+                    moved = self._moved(others)
+                    after = mean_gradients(self.model, self.task, self.data, self.passes, f"{where}, reactivated")
+                last = {p: p.grad for p in others if p.grad is not None}
+                self.model.zero_grad(set_to_none=True)  # they are `last` now
+                before = self._first_gradients(branch_of, modality, where)
             keys = [key for key, branch in self.scorer.branch_of.items() if branch != modality]
-            values = self.scorer.scores(self._product(first), keys)
+            values = self.scorer.scores(self._product(last), keys)
         finally:
-            self._put_back()
+            self._unfreeze()
         log = {
             "masked": modality,
             "loss_before": before,
@@ -438,6 +440,16 @@ class Alternation:
             "zeroed_parameters_equal": equal,
         }
         return values, log
+
+    def _first_gradients(self, branch_of: Mapping[str, str], modality: str, where: str) -> float:
+        """Leave g0 in `grad`, and check that a masked branch has none, for which it may take one. Returns the loss."""
+        cut = self.config.reactivation in ("masked", "noise")
+        if cut:
+            self._unfreeze()
+        loss = mean_gradients(self.model, self.task, self.data, self.passes, where)
+        if cut:
+            check_masked_gradients(self.model, branch_of, modality)
+        return loss
 
     def _silenced(self, modality: str) -> AbstractContextManager[None]:
         """What the stage does to the modality: nothing in the unmasked control."""
@@ -482,7 +494,7 @@ class Alternation:
 
     def _reactivate(self, others: Iterable[nn.Parameter], where: str) -> int:
         """B steps on the batches after D. What the user froze stays frozen, unless everything is."""
-        trainable = self.snapshot.trainable or set(self.snapshot.initial)
+        trainable = self.snapshot.trainable or set(self.model.parameters())
         chosen = [p for p in others if p in trainable and p.is_floating_point()]
         if not chosen:
             return 0
@@ -498,28 +510,26 @@ class Alternation:
             where=where,
         )
 
-    def _put_back(self) -> None:
-        self.snapshot.restore_values()
-        for parameter in self.snapshot.initial:
+    def _unfreeze(self) -> None:
+        for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
 
-    def _product(self, first: dict[nn.Parameter, Tensor]) -> Product:
-        """theta_init * (g0 - g), or theta_init * g without g0 (the sign does not matter to |.|).
+    def _product(self, last: dict[nn.Parameter, Tensor]) -> Product:
+        """Theta * (g - gB), g in `grad`, or theta * g without gB (the sign does not matter to |.|).
 
         Where the scorer asks once, both gradients are dropped with their product.
         """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        initial = self.snapshot.initial
 
         def product(name: str) -> Tensor:
             parameter = parameters[name]
-            theta, gradient, g0 = initial.get(parameter, parameter.detach()), parameter.grad, first.get(parameter)
+            theta, gradient, g_last = parameter.detach(), parameter.grad, last.get(parameter)
             if self.scorer.asks_once:
                 parameter.grad = None
-                first.pop(parameter, None)
+                last.pop(parameter, None)
             if gradient is not None:
-                return theta * gradient if g0 is None else (g0 - gradient).mul_(theta)
-            return torch.zeros_like(theta) if g0 is None else theta * g0
+                return theta * gradient if g_last is None else (gradient - g_last).mul_(theta)
+            return torch.zeros_like(theta) if g_last is None else theta * g_last
 
         return product
 

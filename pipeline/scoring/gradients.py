@@ -205,7 +205,7 @@ def reactivate(
         The number of steps.
 
     Raises:
-        TrainingError: a loss is NaN or infinite.
+        TrainingError: a loss, or a gradient before the first step, is NaN or infinite.
     """
     stepper: Any = (torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam)(parameters, lr=lr)
     steps = 0
@@ -213,6 +213,8 @@ def reactivate(
         model.zero_grad(set_to_none=True)
         loss = batch_loss(model, task, batch, f"reactivation step {index} ({where})")
         loss.backward()
+        if not steps:  # later ones may be the steps' own fault, and the next loss tells
+            _check_finite_gradients(model, f"reactivation step 0 ({where})")
         stepper.step()
         if after_step is not None:
             after_step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -268,7 +268,8 @@ class Snapshot:
             checksums, which tell at the end whether the user's own code did.
 
     Attributes:
-        initial: parameter -> its value when the snapshot was taken (theta_init); empty if not `keep_values`.
+        initial: parameter -> its value when the snapshot was taken (theta_init); if not `keep_values`, of those only
+            that may change at the moment (`changing`).
     """
 
     def __init__(self, model: nn.Module, *, keep_values: bool = True) -> None:
@@ -298,6 +299,21 @@ class Snapshot:
             buffer.copy_(value)
             if getattr(module, name) is not buffer:  # a module may have put another tensor in its place
                 setattr(module, name, buffer)
+
+    @contextmanager
+    def changing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A context in which the given parameters may change; their copies live no longer than it.
+
+        At its end the values (and all buffers) are set back. What is kept anyway is not copied again.
+        """
+        fresh = {p: p.detach().clone() for p in parameters if p not in self.initial}
+        self.initial.update(fresh)
+        try:
+            yield
+        finally:
+            self.restore_values()
+            for parameter in fresh:
+                del self.initial[parameter]
 
     def restore(self) -> None:
         """Set everything back: values, training modes, `requires_grad` and gradients."""
@@ -338,7 +354,7 @@ def untouched(model: nn.Module, *, seed: int = 0, keep_values: bool = True) -> I
     Args:
         model: whose.
         seed: of torch's generators.
-        keep_values: whether the body may change parameters, which takes a copy of them.
+        keep_values: whether the body may change any parameter at any time, which takes a copy of them all.
 
     Raises:
         TaskError: parameters changed although they were not kept.
