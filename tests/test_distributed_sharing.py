@@ -22,7 +22,7 @@ from fusepress.pipeline.recipe import DistortionConfig, PruneConfig, ScoreConfig
 from fusepress.pipeline.scoring.altermoma import score_altermoma, weight_scores
 from fusepress.pipeline.scoring.criteria import score_channels
 from fusepress.pipeline.scoring.gradients import Passes, mean_gradients, mean_loss, scoring_batches
-from fusepress.pipeline.scoring.grasp import grasp_weights
+from fusepress.pipeline.scoring.grasp import grasp_weights, score_grasp
 from fusepress.pipeline.scoring.masking import untouched
 from fusepress.pipeline.scoring.prospr import prospr_weights
 from fusepress.pipeline.scoring.sensitivity import score_taylor, snip_weights, taylor_weights
@@ -137,6 +137,10 @@ def _scores(dtype: torch.dtype, batches: int) -> dict[str, Any]:
     found["taylor channels"] = {
         key: torch.from_numpy(value)
         for key, value in score_taylor(toy.model, toy.task, graph, config, seed=0).channel.items()
+    }
+    found["grasp channels"] = {
+        key: torch.from_numpy(value)
+        for key, value in score_grasp(toy.model, toy.task, graph, config, seed=0).channel.items()
     }
     data = scoring_batches(toy.task, 0, batches)
     with untouched(toy.model):

@@ -117,7 +117,7 @@ def test_live_copies_are_counted_while_they_live() -> None:
         ({"method": "taylor"}, 1, 2),
         ({"method": "altermoma", "beta": 0.0}, 1, 2),
         ({"method": "prospr"}, 2, 2),
-        ({"method": "grasp"}, 3, 3),
+        ({"method": "grasp"}, 2, 3),
         ({"method": "altermoma", "beta": 1.0}, 4 / 3, 8 / 3),  # a masked third has nothing; the fusion's first half
     ],
     ids=["snip", "taylor", "altermoma without redundancy", "prospr", "grasp", "altermoma"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from fusepress.pipeline.pruning.allocate import allocate
 from fusepress.pipeline.recipe import PruneConfig, ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped, weight_masks
 from fusepress.pipeline.scoring.criteria import METHODS, score_channels, score_weights
-from fusepress.pipeline.scoring.curvature import Curvature
-from fusepress.pipeline.scoring.gradients import Passes
+from fusepress.pipeline.scoring.curvature import Curvature, hessian_product
+from fusepress.pipeline.scoring.gradients import Passes, mean_gradients, scoring_batches
 from fusepress.pipeline.scoring.grasp import grasp_weights, score_grasp
 from fusepress.pipeline.scoring.iterative import Put, Rounds, score_in_rounds
+from fusepress.pipeline.scoring.masking import untouched
 from fusepress.pipeline.scoring.norms import cumulative_shares, score_group_norm
 from fusepress.pipeline.scoring.prospr import Order, prospr_weights, score_prospr
 from fusepress.pipeline.scoring.result import ScoreResult
@@ -270,6 +271,29 @@ def test_grasp_of_channels_is_the_curvature_of_a_real_gate() -> None:
     assert any((vector < 0).any() for vector in exact.channel.values())
     for key, vector in exact.channel.items():
         np.testing.assert_allclose(close.channel[key], vector, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_a_hessian_product_taken_batch_by_batch_adds_up_to_the_whole(dtype: torch.dtype, rtol: float) -> None:
+    toy = ConvToy(dtype=dtype)
+    taken: list[list[Tensor]] = []
+    with untouched(toy.model):
+        data = scoring_batches(toy.task, 0, 3)
+        mean_gradients(toy.model, toy.task, data, Passes(total=1), "test")
+        vector = {p: p.grad for p in toy.model.parameters() if p.grad is not None}
+
+        def product(take: Callable[[], None] | None) -> None:
+            assert hessian_product(toy.model, toy.task, data, vector, Passes(total=1), "test", take=take) == "exact"
+
+        product(None)
+        whole = [p.grad for p in vector if p.grad is not None]
+        product(lambda: taken.append([p.grad for p in vector if p.grad is not None]))
+        assert not any(p.grad is not None for p in vector)
+    assert len(taken) == len(data)
+    for value, *parts in zip(whole, *taken, strict=True):
+        torch.testing.assert_close(
+            torch.stack(parts).sum(dim=0), value, rtol=rtol, atol=rtol * float(value.abs().max())
+        )
 
 
 class NoSecond(torch.autograd.Function):

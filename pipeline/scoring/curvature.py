@@ -10,7 +10,7 @@ a street (its first layers have no gradient by their input). Two gradients are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -35,11 +35,13 @@ def hessian_product(
     where: str,
     *,
     curvature: Curvature = "exact",
+    take: Callable[[], None] | None = None,
 ) -> Curvature:
     """Leave in every parameter's `grad` H v, H the Hessian of the mean loss over all samples of the batches.
 
     exact differentiates the gradient and holds, beside v and the result, one copy of the parameters: first the
-    gradient, then those parts of H v that wait for their other half. difference is
+    gradient, then those parts of H v that wait for their other half. Where `take` takes the batches' parts of H v one
+    by one, there is no result to hold. difference is
     (g(theta + e v) - g(theta - e v)) / 2e, and holds theta beside v and the result; it feels kinks (ReLU) within e.
 
     Args:
@@ -50,6 +52,8 @@ def hessian_product(
         passes: every batch counts as `PRODUCT_PASSES`, and a try that falls back as one more in all.
         where: for messages.
         curvature: exact falls back to difference where an operator has no second derivative.
+        take: for exact: called after every batch of this process, whose part of H v is in `grad` then and is dropped
+            afterwards. What it was given counts for nothing if difference is returned: then `grad` has it all.
 
     Returns:
         Which way it was.
@@ -58,7 +62,7 @@ def hessian_product(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     if curvature == "exact":
-        if _double_backward(model, task, batches, vector, passes, where):
+        if _double_backward(model, task, batches, vector, passes, where, take):
             return "exact"
         curvature = "difference"
         passes.total += 1 + (PRODUCT_PASSES["difference"] - PRODUCT_PASSES["exact"]) * totals_of(batches)[0]
@@ -74,6 +78,7 @@ def _double_backward(
     vector: Mapping[nn.Parameter, Tensor],
     passes: Passes,
     where: str,
+    take: Callable[[], None] | None,
 ) -> bool:
     """Returns whether all operators have a second derivative, on every process that has a batch."""
     model.zero_grad(set_to_none=True)
@@ -94,11 +99,18 @@ def _double_backward(
                 raise
             able = False
             return
+        if take is not None:
+            take()
+            model.zero_grad(set_to_none=True)
         for _ in range(PRODUCT_PASSES["exact"]):
             passes.step(where)
 
     done = passes.done
-    accumulate_gradients(model, backward, len(batches), count)
+    if take is None:
+        accumulate_gradients(model, backward, len(batches), count)
+    else:
+        for index in range(len(batches)):
+            backward(index)
     every = all(gather_objects(able))
     passes.done = done + (PRODUCT_PASSES["exact"] * count if every else 0)
     return every

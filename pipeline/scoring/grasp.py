@@ -8,11 +8,14 @@ place in general. A channel's score is the sum over the weights of its gate, sig
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fusepress.pipeline.distributed import gather_objects
 from fusepress.pipeline.recipe import ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped
 from fusepress.pipeline.scoring.channels import ChannelScorer
@@ -44,15 +47,27 @@ def score_grasp(
     """GraSP with a gate for a channel; scores may be negative and are divided by the sum of their sizes.
 
     Counts 4n passes for n scoring batches: g, and H g at three a batch (two with curvature difference; why, says
-    `curvature`). Holds three copies of the parameters: g, H g, and a gradient or parts of H g in flight (theta with
-    curvature difference), and what the kernels of a layer need meanwhile.
+    `curvature`). Holds two copies of the parameters: g, and a batch's part of H g, of which the channels' sums are
+    taken at once (three with curvature difference: theta, g, H g), and what the kernels of a layer need meanwhile.
     """
     scorer = ChannelScorer(model, graph.groups, "gate")
+    product = product_with_gradient(model)
+    parts: list[dict[str, Tensor]] = []  # of this process's batches, in their order
+
+    @torch.no_grad()
+    def take() -> None:
+        parts.append({key: scorer.signed(product, key).cpu() for key in scorer.branch_of})
+
     with untouched(model, seed=seed, keep_values=False):
-        log = _gradient_flow(model, task, config, seed, progress, curvature)
-        product = product_with_gradient(model)
-        with torch.no_grad():
-            scores = shares({key: scorer.signed(product, key) for key in scorer.branch_of})
+        log = _gradient_flow(model, task, config, seed, progress, curvature, take)
+        if log["curvature"] == "difference":
+            parts.clear()
+            take()
+            every = [parts]
+        else:
+            every = gather_objects(parts)
+    turns = [part for turn in itertools.zip_longest(*every) for part in turn if part is not None]
+    scores = shares({key: torch.stack([part[key] for part in turns]).sum(dim=0) for key in scorer.branch_of})
     return channel_result(scores, graph.groups, log)
 
 
@@ -65,10 +80,10 @@ def grasp_weights(
     progress: Progress = silent,
     curvature: Curvature = "exact",
 ) -> WeightResult:
-    """GraSP of single weights; see `score_grasp`."""
+    """GraSP of single weights; see `score_grasp`. Holds one copy of the parameters more: H g over all batches."""
     names = weight_branches(model, task)
     with untouched(model, seed=seed, keep_values=False):
-        log = _gradient_flow(model, task, config, seed, progress, curvature)
+        log = _gradient_flow(model, task, config, seed, progress, curvature, None)
         product = product_with_gradient(model, once=True)
         with torch.no_grad():
             scores = shares({name: product(name) for name in names})
@@ -76,12 +91,18 @@ def grasp_weights(
 
 
 def _gradient_flow(
-    model: nn.Module, task: LoadedTask, config: ScoreConfig, seed: int, progress: Progress, curvature: Curvature
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    seed: int,
+    progress: Progress,
+    curvature: Curvature,
+    take: Callable[[], None] | None,
 ) -> dict[str, Any]:
-    """Leave H g in every parameter's `grad`, g and H on the same batches."""
+    """Leave H g in every parameter's `grad`, or hand it over batch by batch; g and H on the same batches."""
     batches = scoring_batches(task, seed, config.batches)
     passes = Passes(total=(1 + PRODUCT_PASSES[curvature]) * config.batches, progress=progress)
     loss = mean_gradients(model, task, batches, passes, "gradient")
     vector: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
-    used = hessian_product(model, task, batches, vector, passes, "gradient flow", curvature=curvature)
+    used = hessian_product(model, task, batches, vector, passes, "gradient flow", curvature=curvature, take=take)
     return {"method": "grasp", "passes": passes.done, "seed": seed, "loss": loss, "curvature": used}
