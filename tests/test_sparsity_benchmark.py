@@ -150,11 +150,11 @@ def test_the_table_pairs_by_seed_with_the_twin_of_the_same_model() -> None:
     cells = []
     for seed, (twin, sparse) in enumerate([(0.70, 0.69), (0.72, 0.70), (0.74, 0.71)]):
         cells.append(finished(Cell(recover="twin", seed=seed), twin))
-        cells.append(finished(Cell(seed=seed), sparse, zeros=0.5))
+        cells.append(finished(Cell(seed=seed), sparse, zeros=0.5, violations_2to4=seed))
         cells.append(finished(Cell(model="wide", recover="twin", seed=seed), 0.1))
     lines = table(cells).splitlines()
     (row,) = [line for line in lines if "masked" in line]
-    assert "| 3 | 0.6000 | 0.7000 | -0.0200 (-0.0448 to +0.0048) | 50.0 % |" in row
+    assert "| 3 | 0.6000 | 0.7000 | -0.0200 (-0.0448 to +0.0048) | 50.0 % | 3 |" in row
     assert sum("twin" in line for line in lines[2:]) == 2
     assert all(line.count("|") == lines[0].count("|") for line in lines)
 
@@ -252,5 +252,10 @@ def test_cells_run_once_keep_their_pattern_or_lose_it_and_make_a_table(
     before = {path: path.stat().st_mtime_ns for path in (toy / "cells").iterdir()}
     assert run.main([*options, "--suite", "recovery", "--only", "street-twin"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (toy / "cells").iterdir()}
-    assert table.main(["--store", str(toy)]) == 0
-    assert "| street | 2:4 | sparsegpt | yes | sparselora | 1 |" in capsys.readouterr().out
+    assert table.main(["--store", str(toy), "--results", str(toy / "results")]) == 0
+    row = "| street | 2:4 | sparsegpt | yes | sparselora | 1 |"
+    assert row in capsys.readouterr().out
+    assert row in (toy / "results/sparsity.md").read_text()
+    assert (
+        len(json.loads((toy / "results/sparsity.json").read_text())["cells"]) == len(before) - 1
+    )  # but for the impossible one
