@@ -611,7 +611,7 @@ def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Meas
     record = read_run(folder)
     if "onnx" not in record.artifacts or record.stage("verify") is None:
         raise StoreError(f"expected a finished run; got one without an ONNX artifact at {folder}; run compress again")
-    precision = record.target_profile.get("precision")
+    precision = record.final_precision
     mode = record.target_profile.get("power_mode") if record.target == HOST else None
     measurements, environment = measure_onnx(folder / record.artifacts["onnx"].path, HOST, mode, precision, seconds)
     verify = record.stage("verify")

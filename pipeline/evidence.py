@@ -122,6 +122,19 @@ class RunRecord(Strict):
         """The record of a stage, or None."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
+    @property
+    def asked_precision(self) -> str | None:
+        """What the recipe asked for."""
+        asked = self.target_profile.get("precision")
+        return None if asked is None else str(asked)
+
+    @property
+    def final_precision(self) -> str | None:
+        """That of the released ONNX: another one than asked where `quantize` ended on its last rung."""
+        stage = self.stage("quantize")
+        made = None if stage is None else stage.details.get("precision")
+        return self.asked_precision if made is None else str(made)
+
     def to_json(self) -> str:
         """Stable JSON text."""
         return self.model_dump_json(by_alias=True, indent=1, exclude_none=True) + "\n"

@@ -45,7 +45,7 @@ def explain_run(
     found = _explain(
         folder / record.artifacts["onnx"].path,
         _profile_of(record, target),
-        precision=record.target_profile.get("precision"),
+        precision=record.final_precision,
         mode=mode or (record.target_profile.get("power_mode") if target is None else None),
         layers=layers or _own_layers(folder),
         times=profile,

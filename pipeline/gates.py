@@ -388,8 +388,9 @@ def judge(
     """Judge every gate of the recipe from stored numbers.
 
     The candidate is `record.artifacts["onnx"]`. A latency counts when its device is `record.target`, its power mode
-    `record.target_profile["power_mode"]`, its precision `record.target_profile["precision"]`, its batch 1 (or not
-    said), and its artifact the candidate or the engine of this run (`record.artifacts["engine"]`).
+    `record.target_profile["power_mode"]`, its precision `record.final_precision`, its batch 1 (or not said), and its
+    artifact the candidate or the engine of this run (`record.artifacts["engine"]`). Where the recipe asked for another
+    precision, every verdict says so.
 
     Args:
         record: the run; its own verdicts are not read.
@@ -411,6 +412,10 @@ def judge(
     verdicts += [_judge_floor(numbers, metric, limit) for metric, limit in gates.floors.items()]
     for failure, gate in gates.robustness.items():
         verdicts += _judge_robustness(numbers, failure, gate)
+    asked, made = record.asked_precision, record.final_precision
+    if asked is not None and asked != made:
+        note = f"; judged in {made}: {asked} was asked for and not released, see quantize for the reason"
+        verdicts = [verdict.model_copy(update={"why": verdict.why + note}) for verdict in verdicts]
     return verdicts
 
 
@@ -673,7 +678,7 @@ def _pick_latency(record: RunRecord, name: str, kinds: Sequence[str]) -> tuple[M
             None,
             f"{name} needs measured evidence, which the recipe excludes; add it to gates.latency.evidence",
         )
-    expected = _place(record.target, record.target_profile.get("power_mode"), record.target_profile.get("precision"))
+    expected = _place(record.target, record.target_profile.get("power_mode"), record.final_precision)
     artifacts = {record.artifacts[key].sha256 for key in ("onnx", "engine") if key in record.artifacts}
     if not artifacts:
         return None, "there is no ONNX to release; mend the stage that stopped and run again"

@@ -170,7 +170,7 @@ def _assess(ctx: Context, stage: Stage, record: StageRecord, store: Store, key: 
     parts = KeyParts(
         stage=f"{stage.name}.latency",
         version=stage.version,
-        config={"target": ctx.target_identity(), "precision": ctx.precision},
+        config={"target": ctx.target_identity(), "precision": ctx.final_precision},
         inputs={"stage": key},
         tools=tool_versions("onnx", "onnxruntime-gpu", "fusepress"),
     )
@@ -222,6 +222,8 @@ def _adopt(ctx: Context, record: RunRecord, stage: StageRecord, entry: Entry, fo
     payload = entry.payload
     stage.measurements = [Measurement.model_validate(m) for m in payload["measurements"]]
     stage.details = payload["details"]
+    if stage.name == "quantize":
+        ctx.ended_in = record.final_precision
     for name, relative in payload["artifacts"].items():
         path = folder / relative
         ctx.add_artifact(name, path, entry.files.get(relative) or sha256_tree(path))

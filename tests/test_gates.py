@@ -684,6 +684,17 @@ def test_a_target_without_power_modes_wants_none() -> None:
     assert judged(latency(power_mode="MAXN"), target_profile=profile).verdict == "FAIL"
 
 
+def test_what_was_released_in_another_precision_is_judged_in_that_and_says_so() -> None:
+    quantize = StageRecord(name="quantize", status="done", details={"precision": "fp16"})
+    verify = StageRecord(name="verify", status="done", measurements=[latency(precision="fp16")])
+    verdict = judged(latency(), stages=[quantize, verify])
+    assert verdict.verdict == "PASS"
+    assert verdict.why.endswith("judged in fp16: int8 was asked for and not released, see quantize for the reason")
+    stale = StageRecord(name="verify", status="done", measurements=[latency(precision="int8")])
+    assert judged(latency(), stages=[quantize, stale]).verdict == "FAIL"  # a figure of INT8 is of another file
+    assert "asked" not in judged(latency()).why
+
+
 # ------------------------------------------------------------------------------------------------------------ overall
 
 

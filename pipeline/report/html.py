@@ -82,6 +82,7 @@ def render(record: RunRecord, run_dir: Path) -> str:
         pictures=pictures,
         left_out=left_out,
         cards=_cards(record),
+        precision=view.precision_of(record),
         target=_pairs(record.target_profile),
         machine=_pairs(record.environment),
         kinds={kind: (charts.legend_mark(kind), words) for kind, words in KIND_WORDS.items()},

@@ -34,7 +34,7 @@ def write_summary(run_dir: Path) -> Path:
 def render(record: RunRecord) -> str:
     """The page as text."""
     banner = view.banner(record)
-    place = [record.target, record.target_profile.get("power_mode"), record.target_profile.get("precision")]
+    place = [record.target, record.target_profile.get("power_mode"), view.precision_of(record)]
     target = " / ".join(str(part) for part in place if part)
     blocks = [
         f"## {MARKS[banner.tone]} {banner.word}: {_code(record.name)} for {_code(target)}",

@@ -3,7 +3,8 @@
 Besides measurements and verdicts the record's free-form fields are read where present:
 
 * `record.task["metrics"]`: metric -> "max" or "min", the first is the primary metric;
-* `record.target_profile["power_mode"]`, `["precision"]`: what the run was made for;
+* `record.target_profile["power_mode"]`, `["precision"]`: what the run was made for; `record.final_precision`: what it
+  ended in;
 * `details["groups"]` of `prune`: [{"id", "branch", "width", "kept"}], kept a count or a list of channels;
 * `details["branches"]` of `prune`: {branch: {"macs_before", "macs_after", "params_before", "params_after"}};
 * `details["pictures"]` of any stage: [{"path", "title"}], relative to the run folder or to the stage's folder in it;
@@ -246,6 +247,12 @@ def metrics_of(record: RunRecord) -> dict[str, str]:
         return {str(name): str(direction) for name, direction in told.items()}
     names = [m.name.removeprefix("accuracy.") for s in record.stages for m in s.measurements if _is_accuracy(m)]
     return dict.fromkeys(names, "max")
+
+
+def precision_of(record: RunRecord) -> str:
+    """What the released file computes in, and what was asked for where that is another."""
+    asked, made = record.asked_precision, record.final_precision
+    return (made or "") if asked in (None, made) else f"{made} ({asked} was asked for)"
 
 
 def primary_of(record: RunRecord) -> str:

@@ -26,7 +26,9 @@ class Context:
 
     Attributes:
         checkpoint: the dense checkpoint file, or None where the task trains it (`train_dense`).
+        precision: what the recipe asks for.
         artifacts: name -> file or folder (weights, plan, onnx, ...); a later stage replaces an earlier one's.
+        ended_in: precision that `quantize` ended in; None before it.
     """
 
     loaded: LoadedRecipe
@@ -39,12 +41,18 @@ class Context:
     reporter: Reporter
     artifacts: dict[str, Path] = field(default_factory=dict)
     shas: dict[str, str] = field(default_factory=dict)
+    ended_in: str | None = None
     _fingerprints: dict[Split, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
         """The recipe's content."""
         return self.loaded.recipe
+
+    @property
+    def final_precision(self) -> str:
+        """That of the released ONNX, as figures of it are labelled; before `quantize`, what the recipe asks for."""
+        return self.ended_in or self.precision
 
     @property
     def on_host(self) -> bool:

@@ -64,7 +64,7 @@ class Verify:
             config={
                 "replicates": ctx.recipe.verify.replicates,
                 "failures": _tried(ctx),
-                "precision": ctx.precision,
+                "precision": ctx.final_precision,
                 "seed": ctx.recipe.seed,
                 "host": ctx.on_host,
             },
@@ -92,7 +92,7 @@ class Verify:
             return StageOutput()  # what follows is for the files
         kind: Kind = "measured" if ctx.on_host else "simulated"
         measurements = common.accuracy_measurements(
-            ctx, clean, runtime="onnxruntime-cpu", precision=ctx.precision, kind=kind, artifact_sha256=sha
+            ctx, clean, runtime="onnxruntime-cpu", precision=ctx.final_precision, kind=kind, artifact_sha256=sha
         )
         measurements += self._robustness(ctx, pairs, kind, sha)
         ctx.reporter.update(0.85, "bootstrap")
@@ -139,7 +139,7 @@ class Verify:
                 ctx,
                 compressed,
                 runtime="onnxruntime-cpu",
-                precision=ctx.precision,
+                precision=ctx.final_precision,
                 kind=kind,
                 artifact_sha256=sha,
                 prefix=name,
@@ -153,7 +153,7 @@ class Verify:
         """Predicted for a target that is not here; here, measured, and interleaved with the dense model."""
         final, sha = ctx.artifacts["onnx"], ctx.shas["onnx"]
         if not ctx.on_host:
-            return common.latency_measurements(ctx, final, ctx.precision, artifact_sha256=sha)
+            return common.latency_measurements(ctx, final, ctx.final_precision, artifact_sha256=sha)
         from fusepress.targets.measure import measure_interleaved
 
         inputs = common.example_inputs(ctx)
@@ -166,7 +166,7 @@ class Verify:
             result.runs["compressed"],
             device=ctx.profile.name,
             power_mode=ctx.power_mode,
-            precision=ctx.precision,
+            precision=ctx.final_precision,
             artifact_sha256=sha,
         )
         rows += common.latency_result(
