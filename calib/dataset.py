@@ -138,7 +138,7 @@ def choose_calibration(task: LoadedTask, samples: int, seed: int) -> Calibration
 
     Raises:
         TaskError: the split is empty or repeats a sample id, a sample lacks an input or holds NaN, a modality is blank
-            in all chosen samples, or a chosen sample is in the evaluation data too.
+            in all chosen samples, or a sample of the split, chosen or not, is in the evaluation data too.
     """
     if samples < 1:
         raise TaskError(f"expected at least 1 calibration sample; got {samples}; set quantize.samples")
@@ -155,7 +155,7 @@ def choose_calibration(task: LoadedTask, samples: int, seed: int) -> Calibration
     chosen = choose(standardise(table_NF), strata, min(samples, len(listed)), seed)
     ids, hashes = tuple(listed[i].name for i in chosen), tuple(listed[i].sha256 for i in chosen)
     blank = _blank(task, [listed[i] for i in chosen])
-    _require_apart(task, dict(zip(hashes, ids, strict=True)))
+    _require_apart(task, {seen.sha256: seen.name for seen in listed})  # the search is judged on the whole split
     return CalibrationCard(
         task=task.name,
         seed=seed,
@@ -286,14 +286,14 @@ def _samples(task: LoadedTask, split: Split) -> Iterator[tuple[str, str, dict[st
             yield name, strata[i], {key: value[i] for key, value in batch.inputs.items()}
 
 
-def _require_apart(task: LoadedTask, chosen: dict[str, str]) -> None:
+def _require_apart(task: LoadedTask, calib: dict[str, str]) -> None:
     for name, _, inputs in _samples(task, "eval"):
-        twin = chosen.get(content_sha256(inputs))
+        twin = calib.get(content_sha256(inputs))
         if twin is not None:
             raise TaskError(
                 f"expected calibration samples that are not in the evaluation data; got {twin!r}, whose content equals "
-                f"{name!r} of the eval split, at {task.source.spec}; calibrating on the evaluation data would make "
-                "every figure too good: take other samples"
+                f"{name!r} of the eval split, at {task.source.spec}; calibrating and choosing layers on the evaluation "
+                "data would make every figure too good: leave it out of the calib split"
             )
 
 

@@ -127,6 +127,20 @@ def test_unnamed_inputs_are_blank_where_they_are_zero() -> None:
         choose_calibration(loaded(OnesAndZeros()), 5, seed=0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sample_that_is_in_the_eval_split_is_refused_chosen_or_not(seed: int) -> None:
+    """The search for layers is judged on the whole calib split, whichever samples the ranges are measured on."""
+
+    class Leaking(ToyTask):
+        def batches(self, split: str, seed: int, **dealt: int) -> Iterator[Batch]:
+            leaked = next(super().batches("eval", seed)).inputs
+            for number, batch in enumerate(super().batches(split, seed)):
+                yield batch.with_inputs(**leaked) if split == "calib" and number == 2 else batch
+
+    with pytest.raises(TaskError, match=r"got 'calib/2/.', whose content equals 'eval/0/.' of the eval split"):
+        choose_calibration(loaded(Leaking()), 1, seed=seed)
+
+
 def test_a_calib_split_without_samples_is_refused() -> None:
     class Empty(ToyTask):
         def batches(self, split: str, seed: int, **dealt: int) -> Iterator[Batch]:
