@@ -23,6 +23,11 @@ class QdqGraph:
 
     Args:
         proto: the model, changed in place by the methods that say so.
+
+    Attributes:
+        producer: tensor -> the node that makes it.
+        weights: initializers by name.
+        scales: quantised tensor -> names of the scales of its pairs, of Q and of DQ.
     """
 
     def __init__(self, proto: Any) -> None:
@@ -32,6 +37,15 @@ class QdqGraph:
     def _index(self) -> None:
         self.producer = {output: node for node in self.proto.graph.node for output in node.output}
         self.weights = {tensor.name: tensor for tensor in self.proto.graph.initializer}
+        back: dict[str, list[str]] = {}
+        for node in self.proto.graph.node:
+            if node.op_type == "DequantizeLinear":
+                back.setdefault(node.input[0], []).append(str(node.input[1]))
+        self.scales: dict[str, list[str]] = {}
+        for node in self.proto.graph.node:
+            if node.op_type == "QuantizeLinear":
+                found = self.scales.setdefault(str(node.input[0]), [])
+                found += [str(node.input[1]), *back.get(node.output[0], [])]
 
     def source(self, tensor: str) -> str | None:
         """What a pair takes in, given the tensor that comes out of it; None where no pair makes it."""
@@ -80,14 +94,20 @@ class QdqGraph:
         self._sweep()
 
     def set_limits(self, limits: Mapping[str, float]) -> None:
-        """Write the largest magnitude of quantised activations into their pairs' scales, in place."""
+        """Write the largest magnitude of quantised activations into their pairs' scales, in place.
+
+        Where pairs of several tensors name one scale, the largest limit counts.
+        """
+        by_scale: dict[str, float] = {}
         for tensor, limit in limits.items():
-            for name in self._scales_of(tensor):
-                self._set_scale(name, limit / INT8_MAX)
+            for name in self.scales.get(tensor, ()):
+                by_scale[name] = max(by_scale.get(name, 0.0), limit)
+        for name, limit in by_scale.items():
+            self._set_scale(name, limit / INT8_MAX)
 
     def scale(self, tensor: str) -> float:
         """The scale of a quantised activation."""
-        return float(self.constant(self._scales_of(tensor)[0]))
+        return float(self.constant(self.scales[tensor][0]))
 
     def floor_scales(self) -> int:
         """Raise scales that FP16 would round to 0, as of a channel that its norm has switched off, in place.
@@ -131,15 +151,6 @@ class QdqGraph:
         result = [str(node.output[0])] if node.op_type == "Concat" and str(node.output[0]) in self.activations() else []
         return list(dict.fromkeys([*taken, *result]))
 
-    def _scales_of(self, tensor: str) -> list[str]:
-        """Scales of all pairs on a tensor: those of Q and those of DQ."""
-        names = []
-        for node in self.proto.graph.node:
-            if node.op_type == "QuantizeLinear" and node.input[0] == tensor:
-                names.append(str(node.input[1]))
-                names += [str(n.input[1]) for n in self.proto.graph.node if n.input and n.input[0] == node.output[0]]
-        return list(dict.fromkeys(names))
-
     def constant(self, name: str) -> Any:
         """The value of an initializer."""
         from onnx import numpy_helper
@@ -173,8 +184,7 @@ class QdqGraph:
     def _sweep(self) -> None:
         """Remove pairs that nobody reads any more, and constants with them."""
         while True:
-            read = {name for node in self.proto.graph.node for name in node.input}
-            read |= {value.name for value in self.proto.graph.output}
+            read = _read(self.proto.graph)
             kept = [
                 node
                 for node in self.proto.graph.node
@@ -188,6 +198,13 @@ class QdqGraph:
         del self.proto.graph.initializer[:]
         self.proto.graph.initializer.extend(constants)
         self._index()
+
+
+def _read(graph: Any) -> set[str]:
+    """Tensors that nodes read, those in the bodies of conditions and loops too, and the graph's outputs."""
+    bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    own = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    return own.union(*(_read(body) for body in bodies))
 
 
 def _joined(groups: Iterable[list[str]]) -> list[list[str]]:
@@ -232,7 +249,7 @@ def fold_batchnorm(proto: Any) -> list[str]:
         conv.output[0] = node.output[0]
         proto.graph.node.remove(node)
         folded.append(str(node.name))
-    read = {name for node in proto.graph.node for name in node.input}
+    read = _read(proto.graph)
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)

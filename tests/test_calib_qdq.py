@@ -86,6 +86,38 @@ def test_limits_reach_every_pair_of_a_tensor() -> None:
     assert scales == pytest.approx({"camera_a_scale": 0.05, "camera_a_res_scale": 0.05})
 
 
+def test_of_tensors_that_name_one_scale_the_largest_limit_counts() -> None:
+    g = Graph()
+    step, zero = g.constant("step", np.float32(1.0)), g.constant("zero", np.int8(0))
+    for name in ("a", "b"):
+        g.node("QuantizeLinear", [name, step, zero], f"{name}_q")
+        g.node("DequantizeLinear", [f"{name}_q", step, zero], f"{name}_dq")
+    g.node("Add", ["a_dq", "b_dq"], "y")
+    for limits in ({"a": 12.7, "b": 1.27}, {"b": 1.27, "a": 12.7}):
+        graph = QdqGraph(g.model({"a": 3, "b": 3}, {"y": 3}))
+        graph.set_limits(limits)
+        assert graph.scale("a") == graph.scale("b") == pytest.approx(0.1)
+
+
+def test_constants_that_only_the_body_of_a_condition_reads_stay() -> None:
+    proto = fusion()
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["outer"], ["inner"], name="inner/Identity")],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, [1])],
+    )
+    proto.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([True]), "flag"), numpy_helper.from_array(np.ones(1, np.float32), "outer")]
+    )
+    proto.graph.node.append(helper.make_node("If", ["flag"], ["picked"], name="If", then_branch=body, else_branch=body))
+    graph = QdqGraph(proto)
+    graph.spare(graph.units())
+    assert {"flag", "outer"} <= {tensor.name for tensor in proto.graph.initializer}
+    fold_batchnorm(proto)
+    assert {"flag", "outer"} <= {tensor.name for tensor in proto.graph.initializer}
+
+
 def test_scales_that_fp16_takes_for_zero_are_raised(tmp_path: Path) -> None:
     """A channel that its folded norm switched off has weights of 1e-12: their scale must not become 0."""
     proto = fusion()
