@@ -271,8 +271,8 @@ def test_what_may_change_for_a_while_is_kept_no_longer(keep_values: bool) -> Non
     with untouched(model, keep_values=keep_values) as snapshot:
         kept = set(snapshot.initial)
         for fail in (False, True):
-            with suppress(KeyError), snapshot.changing([model.fuse.weight]):
-                assert set(snapshot.initial) == kept | {model.fuse.weight}
+            with suppress(KeyError), snapshot.changing(model.fuse.parameters()):
+                assert set(snapshot.initial) == kept | set(model.fuse.parameters())
                 model.fuse.weight.data.neg_()
                 if fail:
                     raise KeyError("in the middle")
@@ -284,9 +284,9 @@ def test_what_changes_beside_the_parameters_that_may_is_named() -> None:
     model = ConvToy().model
 
     def change() -> None:
-        with untouched(model, keep_values=False) as snapshot, snapshot.changing([model.fuse.weight]):
+        with untouched(model, keep_values=False) as snapshot, snapshot.changing(model.fuse.parameters()):
             model.fuse.weight.data.neg_()
-            model.head.bias.data.neg_()
+            model.get_parameter("head.bias").data.neg_()
 
     with pytest.raises(TaskError, match=r"got other values at \['head.bias'\] \(1"):
         change()
