@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "multi_task.json"
 COMPRESSED = "compressed"  # run folder beside a seed's networks
 STAGES = ("baseline", "prune", "finetune", "quantize", "verify")
-FIGURES = ("accuracy.score", "macs", "params", "robustness.")
+FIGURES = re.compile(r"accuracy\.score|macs|params|robustness\..*\.score")
 SCORES = {"segmentation": "miou", "detection": "nds", "depth": "depth_object_delta1", "waypoints": "waypoint_ade_m"}
 EXPERTS = tuple(SCORES)  # one a task
 STUDENTS = ("student", "distilled")
@@ -61,7 +62,7 @@ def compressed_row(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         found = {
             m["name"]: m["value"]
             for m in stage["measurements"]
-            if m["value"] is not None and m["name"].startswith(FIGURES)
+            if m["value"] is not None and FIGURES.fullmatch(m["name"])
         }
         if stage["name"] in STAGES and found:
             rows[stage["name"]] = found

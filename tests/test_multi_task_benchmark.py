@@ -57,12 +57,12 @@ def test_a_compressed_network_is_judged_stage_by_stage(bench: ModuleType) -> Non
     measured = [
         {"name": "accuracy.score", "value": 0.75},
         {"name": "accuracy.miou", "value": 0.8},
-        {"name": "robustness.camera_blank.3", "value": 0.4},
+        {"name": "robustness.camera_blank.3.score", "value": 0.4},
         {"name": "macs", "value": None},
     ]
     stages = [{"name": "finetune", "measurements": measured}, {"name": "score", "measurements": []}]
     assert bench.compressed_row({"stages": stages}) == {
-        "finetune": {"accuracy.score": 0.75, "robustness.camera_blank.3": 0.4}
+        "finetune": {"accuracy.score": 0.75, "robustness.camera_blank.3.score": 0.4}
     }
 
 
