@@ -57,6 +57,7 @@ class Quantization:
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     reason: str = ""
+    metric: str = ""
     trials: list[TrialRow] = field(default_factory=list)
     branches: list[UnitRow] = field(default_factory=list)
     units: list[UnitRow] = field(default_factory=list)
@@ -79,6 +80,7 @@ def quantization(record: RunRecord) -> Quantization | None:
     return Quantization(
         facts=_facts(ladder, told, coverage),
         reason=str(ladder.get("reason", "")),
+        metric=str(ladder.get("metric", "")),
         trials=[_trial(trial) for trial in ladder.get("trials", [])],
         branches=[_unit({"name": row["branch"], **row}, unit, {}) for row in told.get("branches", [])],
         units=[_unit(row, unit, kept) for row in told.get("units", [])],
