@@ -8,12 +8,13 @@ can do is asked of its classes, never of its version. TensorRT-RTX was run for t
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from fusepress.pipeline.errors import StoreError
 
 TELL_EVERY_S = 0.1
 _CAPABILITY = re.compile(r"SM\d+")
-_BOARD = Path("/proc/device-tree/model")  # of a Jetson, whose releases before 7 have no nvidia-smi
+_DOTTED = re.compile(r"\d+\.\d+")
+_BOARD = Path("/proc/device-tree/model")  # of a Jetson, whose nvidia-smi is missing or says less before JetPack 7
+_BOARDS = {"Orin": "8.7", "Xavier": "7.2"}  # word of the model -> compute capability
 
 
 def build(trt: Any, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +49,8 @@ def build(trt: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["onnx"]):
-        return {"parser_errors": _faults(parser, job["onnx"])}
+        faults = _faults(parser, job["onnx"])
+        return {"parser_errors": faults} if faults else {"failed": True, "errors": logger.errors}
     config = builder.create_builder_config()
     _configure(trt, builder, config, job)
     fallback: list[str] = []
@@ -235,12 +239,14 @@ def _timing_cache(trt: Any, config: Any, job: Mapping[str, Any]) -> tuple[Timing
     """Attach the cache of this library and device; a cache that it does not accept is started anew."""
     if job["timing_cache_folder"] is None or not hasattr(config, "create_timing_cache"):
         return None
+    device = gpu()
     file = TimingCacheFile(
         folder=Path(job["timing_cache_folder"]),
         identity={
             "runtime": job["runtime"],
             "version": trt.__version__,
-            "device": gpu()["name"] if not job["capabilities"] else "ahead of time: " + " ".join(job["capabilities"]),
+            "device": device["name"] if not job["capabilities"] else "ahead of time: " + " ".join(job["capabilities"]),
+            "driver": device["driver"] if not job["capabilities"] else "none",
             "power_mode": str(job["power_mode"]),
             "flags": f"sparse={job['sparse']} dla={job['dla_core']} workspace={job['workspace_mib']}",
         },
@@ -289,19 +295,52 @@ def _enum_name(capability: str) -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """Name and compute capability of the GPU of this machine, as far as its driver's tool or its device tree says."""
-    tool = shutil.which("nvidia-smi")
-    query = [tool or "", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout if tool else ""
-    except subprocess.TimeoutExpired:
-        said = ""
-    name, _, capability = said.partition("\n")[0].partition(",")
+    """Name, compute capability and driver of the GPU that this process would use.
+
+    They come from the driver's tool, else from the device tree of a Jetson. Where there are GPUs of several models and
+    nothing says which one CUDA takes first, the capability is left out: better none than another one's.
+    """
+    rows = _gpu_rows()
+    row = _first_used(rows)
     board = _BOARD.read_text(errors="replace").strip("\0\n ") if _BOARD.is_file() else ""
+    of_board = next((found for word, found in _BOARDS.items() if word in board), "")
+    capability = row["capability"] if row else ""
+    if not _DOTTED.fullmatch(capability):  # a Jetson's tool may not know
+        capability = of_board
+    told = row["name"] if row else ", ".join(sorted({r["name"] for r in rows}))
     return {
-        "name": name.strip() or board or "unknown",
-        "capability": [capability.strip()] if capability.strip() else [],
+        "name": (board if of_board else told) or board or "unknown",
+        "capability": [capability] if capability else [],
+        "driver": row["driver"] if row else "unknown",
     }
+
+
+def _gpu_rows() -> list[dict[str, str]]:
+    tool = shutil.which("nvidia-smi")
+    query = [tool or "", "--query-gpu=index,uuid,name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False) if tool else None
+    except (OSError, subprocess.TimeoutExpired):
+        done = None
+    said = done.stdout if done is not None and done.returncode == 0 else ""
+    fields = ("index", "uuid", "name", "capability", "driver")
+    parts = [[part.strip() for part in line.split(",")] for line in said.splitlines()]
+    return [dict(zip(fields, part, strict=True)) for part in parts if len(part) == len(fields)]
+
+
+def _first_used(rows: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """The GPU that CUDA numbers 0 in this process, None where that cannot be told."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        first = visible.partition(",")[0].strip()
+        # numbers are in the tool's order only where CUDA is told so; else the fastest comes first
+        by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+        named = [r for r in rows if (first and r["uuid"].startswith(first)) or (by_bus and r["index"] == first)]
+        if len(named) == 1:
+            return named[0]
+        if first in ("", "-1"):
+            return None
+    return rows[0] if len({(r["name"], r["capability"]) for r in rows}) == 1 else None
 
 
 def _main() -> None:

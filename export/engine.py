@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -346,13 +347,15 @@ def _silence(
     outcome: Outcome, onnx_path: Path, log_path: Path, options: BuildOptions, seen: tuple[float, str]
 ) -> BuildError:
     """Why the worker ended without an answer."""
-    if _OUT_OF_MEMORY.search(outcome.tail):
+    # the kernel kills without a word where the whole machine runs out of memory
+    if _OUT_OF_MEMORY.search(outcome.tail) or outcome.code == -signal.SIGKILL:
         return _out_of_memory(onnx_path, log_path, options)
     fraction, phase = seen
     during = f" (in {phase!r}, {100 * fraction:.0f} % done)" if outcome.code is None and phase else ""
+    advice = "give it more time (BuildOptions.timeout_s)" if outcome.code is None else "report it with the model"
     return BuildError(
-        f"expected an engine; got {outcome.says(options.timeout_s)} of the builder{during} at {onnx_path}; see "
-        f"{log_path}, which ends with:\n{outcome.tail}"
+        f"expected an engine; got {outcome.says(options.timeout_s)} of the builder{during} at {onnx_path}; {advice}; "
+        f"see {log_path}, which ends with:\n{outcome.tail}"
     )
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from fusepress.export import builder
 from fusepress.export.builder import Phases
 from fusepress.export.engine import (
     BuildOptions,
@@ -333,3 +334,54 @@ def test_a_plan_with_other_bytes_is_refused(tmp_path: Path) -> None:
 def test_tensorrt_that_is_not_there_was_not_tried(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"got neither tried nor built: the Python package tensorrt is not installed"):
         build_tensorrt_engine(model, tmp_path / "m.engine")
+
+
+# --- which GPU --------------------------------------------------------------------------------------------------------
+
+
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, board: str = "") -> None:
+    (tmp_path / "said").write_text(said)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat '{tmp_path}/said'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "model").write_text(board)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(builder, "_BOARD", tmp_path / "model")
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+_TWO = "0, GPU-aa, NVIDIA A30, 8.0, 550.1\n1, GPU-bb, NVIDIA L4, 8.9, 550.1\n"
+
+
+def test_equal_gpus_are_one_and_the_first_of_different_ones_is_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _machine(tmp_path, monkeypatch, "0, GPU-aa, NVIDIA L4, 8.9, 550.1\n1, GPU-bb, NVIDIA L4, 8.9, 550.1\n")
+    assert builder.gpu() == {"name": "NVIDIA L4", "capability": ["8.9"], "driver": "550.1"}
+    (tmp_path / "said").write_text(_TWO)
+    assert builder.gpu() == {"name": "NVIDIA A30, NVIDIA L4", "capability": [], "driver": "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "capability"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "GPU-bb"}, ["8.9"]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, []),  # CUDA puts the fastest first, not the tool's
+        ({"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["8.9"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+    ],
+)
+def test_the_gpu_is_the_one_that_this_process_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], capability: list[str]
+) -> None:
+    _machine(tmp_path, monkeypatch, _TWO)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert builder.gpu()["capability"] == capability
+
+
+@pytest.mark.parametrize("said", ["", "0, GPU-aa, Orin (nvgpu), [N/A], 540.4.0\n"], ids=["no tool", "JetPack 6"])
+def test_a_jetson_is_known_by_its_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    _machine(tmp_path, monkeypatch, said, board="NVIDIA Jetson AGX Orin Developer Kit\0")
+    found = builder.gpu()
+    assert (found["name"], found["capability"]) == ("NVIDIA Jetson AGX Orin Developer Kit", ["8.7"])
