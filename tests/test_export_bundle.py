@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fusepress.export.bundle import BuildKit, trtexec_bench, trtexec_build, write_build_kit
 from fusepress.export.onnx import export_onnx
@@ -18,6 +19,7 @@ from fusepress.pipeline.errors import ExportError
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.profile import load_profile
 from tests.export_toys import inputs, two_branch
+from tests.onnx_graphs import Graph
 
 ORIN = load_profile("jetson-agx-orin-64gb")
 
@@ -175,3 +177,45 @@ def test_outputs_that_differ_and_other_versions_stop_the_scripts(model: Path, tm
     timed = _run(kit.path / "bench.sh", forced)
     assert timed.returncode == 1
     assert "expected at most 0.02; got 0.5" in timed.stderr
+
+
+def test_names_and_modes_are_never_run_as_commands(tmp_path: Path) -> None:
+    graph = Graph(17)
+    x = graph.input("in:0 $(touch pwned)", [1, 4])
+    y = graph.output(graph.add("Relu", x, name="relu"))
+    reference = (torch.ones(1, 4), torch.ones(1, 4))
+    write_build_kit(
+        tmp_path / "kit",
+        graph.save(tmp_path / "m.onnx"),
+        ORIN,
+        power_mode='a"; touch pwned; echo "',
+        precision="fp16",
+        references=[({x: reference[0]}, {y: reference[1]})],
+    )
+    device = _device(tmp_path, "100300", 1.0)
+    assert _run(tmp_path / "kit" / "build.sh", device).returncode == 0
+    assert _run(tmp_path / "kit" / "bench.sh", device).returncode == 0
+    assert "--loadInputs=in:0 $(touch pwned):references/0_input_0.bin" in (tmp_path / "device" / "calls").read_text()
+    assert not list(tmp_path.rglob("pwned"))
+    with pytest.raises(ExportError, match=r"expected a TensorRT version such as 10\.3; got '10\.3; rm'"):
+        write_build_kit(
+            tmp_path / "other", tmp_path / "m.onnx", ORIN, power_mode=None, precision="fp16", tensorrt="10.3; rm"
+        )
+
+
+def test_half_precision_outputs_are_compared(tmp_path: Path) -> None:
+    graph = Graph(17, half=True)
+    x = graph.input("x", [1, 4])
+    y = graph.output(graph.add("Relu", x, name="relu"))
+    half = torch.ones(1, 4, dtype=torch.float16)
+    write_build_kit(
+        tmp_path / "kit",
+        graph.save(tmp_path / "m.onnx"),
+        ORIN,
+        power_mode=None,
+        precision="fp16",
+        references=[({x: half}, {y: half})],
+    )
+    timed = _run(tmp_path / "kit" / "bench.sh", _device(tmp_path, "100300", 1.001))
+    assert timed.returncode == 0, timed.stderr
+    assert "reference 0 relu_out: largest difference" in timed.stdout
