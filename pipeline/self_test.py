@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ COMMANDS = {
 }
 COMMAND_TIMEOUT_S = 30.0
 LINES_KEPT = 4
+
+# a path begins a word; names of nodes such as camera/stem/Conv have no slash in front
+_FOLDERS = re.compile(r"(?<![\w./-])/(?:[^\s/'\"]+/)+")
 
 Say = Callable[[float, str], None]
 
@@ -67,7 +71,8 @@ def self_test(*, seconds: float = 2.0, say: Say | None = None) -> dict[str, Any]
             tell(0.1 + 0.45 * position, runtime)
             record[runtime] = _runtime(runtime, models, Path(name), seconds, missing)
     record["missing"] = missing
-    return record
+    found: dict[str, Any] = _without_folders(record)
+    return found
 
 
 def _machine() -> dict[str, Any]:
@@ -109,13 +114,30 @@ def _write_models(folder: Path) -> dict[str, Path]:
     return {str(kind): path for kind, path in paths.items()}
 
 
+def _without_folders(value: Any) -> Any:
+    """The same without this machine's folders, in whatever a library said: /home/me/model.onnx is model.onnx."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, dict):
+        return {key: _without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(entry) for entry in value]
+    return value
+
+
 def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What came of it, or the error's words without this machine's folders."""
+    """What came of it, or the error and where it was raised.
+
+    Whatever is raised belongs in the record: it is made on machines where this code has never been executed.
+    """
     try:
         return {"ok": True, **work()}
     except FusepressError as error:
-        words = re.sub(r"/\S*/", "", str(error))
-        return {"ok": False, "error": f"{type(error).__name__}: {words}"}
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # noqa: BLE001  see above
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
+        return {"ok": False, "error": f"{type(error).__name__}: {error} ({place})"}
 
 
 def _on_onnxruntime(path: Path, seconds: float) -> dict[str, Any]:

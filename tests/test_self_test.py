@@ -107,6 +107,18 @@ def test_a_library_that_is_not_there_or_breaks_is_told(tmp_path: Path, monkeypat
     assert "is installed and ended with exit status 1: RuntimeError: no driver" in missing
 
 
+def test_whatever_is_raised_is_in_the_record_and_no_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AttributeError("no num_io_tensors in /home/me/lib/trt.so, node camera/stem/Conv")
+
+    monkeypatch.setattr(module, "_on_onnxruntime", broken)
+    monkeypatch.setattr(module, "RUNTIMES", ())
+    record = module.self_test(seconds=0.1)
+    assert record["onnxruntime"]["fp32"]["ok"] is False
+    error = record["onnxruntime"]["fp32"]["error"]
+    assert error.startswith("AttributeError: no num_io_tensors in trt.so, node camera/stem/Conv (test_self_test.py:")
+
+
 def test_measuring_nothing_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["measure"]) == 2
     assert "expected a run folder or an ONNX file; got neither; name one, or try --self-test" in capsys.readouterr().err
