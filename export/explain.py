@@ -19,6 +19,7 @@ from fusepress.export.fusion import Seam, engine_seams, graph_seams
 from fusepress.export.inspector import EngineLayer
 from fusepress.export.onnx import load_onnx
 from fusepress.export.wiring import Wiring
+from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.network import Kernel, Network, Tensor, read_network
 from fusepress.targets.predict import (
@@ -88,6 +89,7 @@ class Explanation:
         measured_ms: sum of the profile's layers; None where there is none.
         layers: how many layers the builder listed; 0 where only the graph was read.
         small: kind -> how many more there are with a gain below 0.2 % each.
+        assumed: the file carries no precision of its own (neither Q/DQ nor FP16), and that of the build was assumed.
     """
 
     onnx_sha256: str
@@ -102,6 +104,7 @@ class Explanation:
     layers: int = 0
     measured_ms: float | None = None
     small: Mapping[str, int] = field(default_factory=dict)
+    assumed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -130,8 +133,10 @@ def explain_model(
     Raises:
         TargetError: not ONNX, dynamic input shapes, or a precision or mode that the target does not have.
         ExportError: the file is missing.
+        BuildError: the layers are those of another model.
     """
     wiring = Wiring(load_onnx(onnx_path))
+    _check_layers(layers, wiring, onnx_path)
     prices = _Prices(read_network(onnx_path), profile, precision, mode)
     seams = engine_seams(layers, wiring) if layers else graph_seams(wiring)
     found = [
@@ -158,7 +163,18 @@ def explain_model(
         layers=len(layers),
         measured_ms=sum(times.values()) if times else None,
         small=dict(sorted(Counter(f.kind for f in found if f.gain_ms < least).items())),
+        assumed=not prices.network.typed and base.precision != "fp32",
     )
+
+
+def _check_layers(layers: Sequence[EngineLayer], wiring: Wiring, path: Path) -> None:
+    """A list of another model finds nothing, which would read as if nothing were wrong."""
+    named = {name for layer in layers for name in layer.nodes}
+    if named and named.isdisjoint(node.name for node in wiring.nodes):
+        raise BuildError(
+            f"expected layers of {path.name}; got {len(layers)}, of which none names a node of it ({min(named)!r} is "
+            "one that they name); give the list of the engine that was built of this file"
+        )
 
 
 class _Prices:

@@ -140,6 +140,8 @@ def _explain_quietly(ctx: Context, folder: Path, *, worked: bool) -> None:
         explain_run(folder, target=own, mode=ctx.power_mode)
     except FusepressError as error:
         ctx.reporter.warn(f"the release was not explained: {error}")
+    except Exception as error:  # noqa: BLE001  it reads what third parties wrote, after all the work is done
+        ctx.reporter.warn(f"the release was not explained: {type(error).__name__}: {error}; report it with the run")
 
 
 def _follow(ctx: Context, folder: Path) -> Outcome:

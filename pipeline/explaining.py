@@ -47,7 +47,7 @@ def explain_run(
         _profile_of(record, target),
         precision=record.final_precision,
         mode=mode or (record.target_profile.get("power_mode") if target is None else None),
-        layers=layers or _own_layers(folder),
+        layers=_own_layers(folder) if layers is None else _read_layers(layers),
         times=profile,
     )
     atomic_write_text(folder / EXPLAIN_JSON, json.dumps(found.to_dict(), indent=1) + "\n")
@@ -65,26 +65,42 @@ def explain_onnx(
     """
     if target is None:
         raise UsageError(f"expected --target for the ONNX file {path}; got none; name a profile of `targets ls`")
-    return _explain(path, load_profile(target), precision=precision, mode=None, layers=layers, times=profile)
+    listed = () if layers is None else _read_layers(layers)
+    return _explain(path, load_profile(target), precision=precision, mode=None, layers=listed, times=profile)
 
 
 def _explain(
-    path: Path, target: Profile, *, precision: str | None, mode: str | None, layers: Path | None, times: Path | None
+    path: Path,
+    target: Profile,
+    *,
+    precision: str | None,
+    mode: str | None,
+    layers: tuple[EngineLayer, ...],
+    times: Path | None,
 ) -> Explanation:
     from fusepress.export.explain import explain_model
-    from fusepress.export.inspector import parse_profile, read_layers
+    from fusepress.export.inspector import parse_profile
 
-    listed: tuple[EngineLayer, ...] = read_layers(layers) if layers is not None else ()
     if times is not None and not times.is_file():
         raise UsageError(f"expected the profile of trtexec --exportProfile; got no file at {times}; correct the path")
     profile = parse_profile(times.read_text(errors="replace"), where=str(times)) if times is not None else {}
-    return explain_model(path, target, precision=precision, mode=mode, layers=listed, times_ms=profile)
+    return explain_model(path, target, precision=precision, mode=mode, layers=layers, times_ms=profile)
 
 
-def _own_layers(folder: Path) -> Path | None:
-    """What the run's own builder said: the inspector's JSON, else its log."""
-    own = sorted((folder / "build").glob("*.layers.json")) + sorted((folder / "build").glob("*.log"))
-    return own[0] if own else None
+def _read_layers(path: Path) -> tuple[EngineLayer, ...]:
+    from fusepress.export.inspector import read_layers
+
+    return read_layers(path)
+
+
+def _own_layers(folder: Path) -> tuple[EngineLayer, ...]:
+    """What the run's own builder said: the inspector's JSON, else its log; none where it listed no layers."""
+    from fusepress.export.inspector import parse_layers
+
+    for path in sorted((folder / "build").glob("*.layers.json")):
+        return _read_layers(path)
+    logs = sorted((folder / "build").glob("*.log"))
+    return parse_layers(logs[0].read_text(errors="replace")) if logs else ()
 
 
 def _profile_of(record: RunRecord, target: str | None) -> Profile:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusepress.pipeline.cli import run
+from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.evidence import RUN_JSON, Artifact
 from fusepress.pipeline.explaining import explain_run
 from fusepress.pipeline.report.explain import EXPLAIN_JSON, explain_view, view_of
@@ -134,3 +135,25 @@ def test_a_target_that_does_not_ship_is_asked_for(run_folder: Path) -> None:
     (run_folder / RUN_JSON).write_text(record.to_json())
     assert run(["explain", str(run_folder)]) == 2
     assert run(["explain", str(run_folder), "--target", "rtx-4090"]) == 0
+
+
+def test_layers_of_another_model_are_refused_and_a_log_without_layers_is_passed_over(run_folder: Path) -> None:
+    (run_folder / "build/model.log").write_text("[INFO] built\n")
+    assert explain_run(run_folder).layers == 0
+    other = json.dumps(LAYERS).replace("ONNX Layer: a", "ONNX Layer: z")
+    (run_folder / "other.json").write_text(other)
+    with pytest.raises(BuildError, match=r"expected layers of model\.onnx; got 1, of which none names a node of it"):
+        explain_run(run_folder, layers=run_folder / "other.json")
+
+
+def test_a_file_without_precision_of_its_own_is_said_to_be_one(
+    tmp_path: Path, onnx_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = Graph(17)
+    graph.output(graph.conv(graph.input("x", [1, 64, 16, 16]), (64, 64), "a"))
+    plain = graph.save(tmp_path / "plain.onnx")
+    said = []
+    for path, precision in ((plain, "int8"), (plain, "fp32"), (onnx_file, "int8")):
+        assert run(["explain", str(path), "--target", "rtx-4090", "--precision", precision]) == 0
+        said.append("int8 is assumed throughout" in capsys.readouterr().out)
+    assert said == [True, False, False]

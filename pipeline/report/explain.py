@@ -61,6 +61,11 @@ def view_of(found: Mapping[str, Any]) -> ExplainView:
     flag = ", extrapolating" if found["extrapolating"] else ""
     read = f"the builder's list of {found['layers']} layers" if found["layers"] else "the ONNX graph alone"
     basis = f"Gains are predicted, against {three(latency_ms)} ms predicted ({interval}{flag}), from {read}."
+    if found.get("assumed"):
+        basis += (
+            f" The file has neither Q/DQ nor FP16 of its own: {found['precision']} is assumed throughout, and a "
+            "strongly typed build of it (TensorRT 10 and later, TensorRT-RTX) would run in FP32: quantise it first."
+        )
     if found.get("measured_ms") is not None:
         basis += f" The profile of the device adds up to {three(found['measured_ms'])} ms."
     small = ", ".join(f"{count} {kind}" for kind, count in found.get("small", {}).items())
