@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fusepress.pipeline.task import Batch, LoadedTask
 
 Array = np.ndarray[Any, Any]
 REPLICATES = 400
+KEPT_BYTES = 2**31
 RELATIVE_DROP = 0.005  # of the float model's metric, where no gate says more
 MOST_EVALUATIONS = 17  # of the calib split, for sensitivity and trials; with the references fewer than 20
 SENSITIVITY_EVALUATIONS = 6  # of them at most for sensitivity, so that ten trials are left
@@ -50,29 +51,28 @@ class Standard:
 
 @dataclass(slots=True, kw_only=True)
 class Judge:
-    """Accuracy on the calib split; batches are kept, for it is asked often.
+    """Accuracy on the calib split.
 
     Attributes:
         task: whose metrics count.
-        batches: the calib split.
+        batches: the calib split (`kept_batches`); None: it is read again every time.
         seed: of the bootstrap draws.
         evaluations: how often the split was run.
+        samples: of the split; 0 until it was run.
     """
 
     task: LoadedTask
-    batches: Sequence[Batch]
+    batches: Sequence[Batch] | None
     seed: int
     evaluations: int = field(default=0)
-
-    @property
-    def samples(self) -> int:
-        """Samples of the split."""
-        return sum(batch.size for batch in self.batches)
+    samples: int = field(default=0)
 
     def evaluate(self, predict: Predict) -> Evaluation:
         """A model on the calib split."""
         self.evaluations += 1
-        return evaluate(self.task, predict, "calib", batches=self.batches)
+        found = evaluate(self.task, predict, "calib", batches=self.batches)
+        self.samples = found.n
+        return found
 
     def trial(self, spared: frozenset[str], found: Evaluation, standard: Standard) -> Trial:
         """Whether an evaluation meets a standard."""
@@ -130,6 +130,17 @@ class Judge:
             max_drop=RELATIVE_DROP * abs(value) if math.isfinite(value) else 0.0,
             words=f"{RELATIVE_DROP:.1%} of the float model's {name} ({beyond})",
         )
+
+
+def kept_batches(task: LoadedTask, most_bytes: int = KEPT_BYTES) -> list[Batch] | None:
+    """The calib split in memory, for it is run often; None where its inputs alone take more than `most_bytes`."""
+    kept, size = [], 0
+    for batch in task.batches("calib", 0):
+        size += sum(value.numel() * value.element_size() for value in batch.inputs.values())
+        if size > most_bytes:
+            return None
+        kept.append(batch)
+    return kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +215,7 @@ def climb_down(
             lambda spared: known.get(spared) or try_set(spared),
             most_trials=max(3, MOST_EVALUATIONS - spent),
         )
+        found = worth_releasing(found, draft.layers(), draft.units())
     runs = sum(part.runs for part in measured) / judge.samples
     return Ladder(
         found=found,
@@ -213,6 +225,13 @@ def climb_down(
     )
 
 
+def worth_releasing(found: Found, layers: Collection[str], units: Collection[str]) -> Found:
+    """The last rung where what was found leaves no layer in INT8: pairs around additions alone only cost time."""
+    if not found.spared.issuperset(layers):
+        return found
+    return replace(found, rung="float", spared=frozenset(units))
+
+
 def _reason(found: Found, standard: Standard, units: int) -> str:
     limit = f"{standard.metric} may drop by {standard.max_drop:.4g} ({standard.words})"
     first = found.trials[0]
@@ -220,7 +239,8 @@ def _reason(found: Found, standard: Standard, units: int) -> str:
         return f"all {units} units in INT8: {_worst(first)}; {limit}"
     naive = f"with all units in INT8 {_worst(first)}; {limit}"
     if found.rung == "float":
-        return f"nothing in INT8: {naive}, and none of {len(found.trials)} sets that were tried meets that"
+        tried = f"none of {len(found.trials)} sets that were tried meets that with a layer in INT8"
+        return f"nothing in INT8: {naive}, and {tried}"
     chosen = next(trial for trial in reversed(found.trials) if trial.spared == found.spared)
     return (
         f"{len(found.spared)} of {units} units in floating point: {naive}; with them spared {_worst(chosen)}, and no "

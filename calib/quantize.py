@@ -20,7 +20,7 @@ import numpy as np
 from fusepress.calib.qdq import LAYERS, QdqGraph, broken_rules, fold_batchnorm
 from fusepress.calib.ranges import OWN_METHODS, OwnMethod, Ranges, measure_ranges
 from fusepress.export.onnx import EXPORTER_OPSET, ExportInfo, load_onnx, lower_opset, opset_of, save_onnx
-from fusepress.export.precision import precision_map, require_known, save_arrays
+from fusepress.export.precision import check_arrays, precision_map, require_known, save_arrays
 from fusepress.export.runtime import OnnxSession
 from fusepress.export.worker import answer, read_job, run_job
 from fusepress.pipeline.errors import QuantizeError
@@ -116,6 +116,10 @@ class Draft:
         """What can be left in floating point by itself (`QdqGraph.units`)."""
         return QdqGraph(self.proto).units()
 
+    def layers(self) -> list[str]:
+        """Layers with weights among them."""
+        return QdqGraph(self.proto).layers()
+
     def with_method(self, method: OwnMethod) -> Draft:
         """The same Q/DQ with other ranges from the same measurement."""
         proto = _copy(self.proto)
@@ -162,9 +166,9 @@ def draft_int8(
     excluded = excluded_nodes(source, exclude, onnx_in)
     folded = fold_batchnorm(source)
     own = method in OWN_METHODS
+    samples = check_arrays(source, arrays)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
         folder = Path(name)
-        samples = save_arrays(folder / "all.npz", source, arrays)
         # ranges of our own need modelopt for the places only; any sample will do for that
         seen = {key: np.asarray(array)[: 1 if own else samples] for key, array in arrays.items()}
         proto = _place(source, seen, folder, onnx_in, "int8", "max" if own else "entropy", "fp32", excluded)
@@ -204,7 +208,7 @@ def finish_int8(
 
     Args:
         draft: from `draft_int8`.
-        arrays: the calibration samples, the first of which the file must run.
+        arrays: the calibration samples, for which the file's outputs must be finite.
         onnx_out: file to write.
         remainder: precision of what is not INT8. With fp16 the file has operator set 19 or newer, because older Q/DQ
             knows no FP16; with fp32 the operator set of the source is kept.
@@ -427,11 +431,13 @@ def _reason(node: Any, excluded: Collection[str], spared: Collection[str], preci
 
 
 def _require_runs(path: Path, arrays: Mapping[str, Array]) -> None:
-    for name, value in OnnxSession(path).run_numpy({n: np.asarray(a)[:1] for n, a in arrays.items()}).items():
-        if not np.isfinite(value).all():
+    for name, value in OnnxSession(path).run_numpy(arrays).items():
+        bad = ~np.isfinite(value.reshape(value.shape[0], -1)).all(axis=1)
+        if bad.any():
             raise QuantizeError(
-                f"expected finite outputs; got NaN or infinity in {name!r} for the first calibration sample at "
-                f"{path.name}; release with remainder fp32, or exclude the overflowing layer"
+                f"expected finite outputs; got NaN or infinity in {name!r} for {int(bad.sum())} of {bad.size} "
+                f"calibration samples at {path.name}; release with `quantize.precision: fp16`, which leaves what "
+                "overflows FP16 in float32, or call finish_int8 with remainder='fp32'"
             )
 
 

@@ -197,7 +197,8 @@ def _with_outputs(path: Path, tensors: Sequence[str]) -> tuple[Any, dict[str, st
     shown = {value.name for value in proto.graph.output}
     for name in tensors:
         if name in producers and name not in shown:
-            proto.graph.output.append(known[name])
+            unshaped = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            proto.graph.output.append(known.get(name, unshaped))  # behind an operator that onnx cannot infer
     return proto, producers
 
 

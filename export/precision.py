@@ -122,8 +122,18 @@ def require_known(names: Sequence[str], known: set[str], kind: str, path: Path) 
         )
 
 
-def save_arrays(path: Path, proto: Any, arrays: Mapping[str, Array]) -> int:
-    """Write sample arrays for a worker, those that the graph takes, checked against its shapes.
+def save_arrays(path: Path, proto: Any, arrays: Mapping[str, Array]) -> None:
+    """Write sample arrays for a worker, those that the graph takes.
+
+    Raises:
+        QuantizeError: as `check_arrays`.
+    """
+    check_arrays(proto, arrays)
+    np.savez(path, allow_pickle=False, **{v.name: np.asarray(arrays[v.name]) for v in graph_inputs(proto)})
+
+
+def check_arrays(proto: Any, arrays: Mapping[str, Array]) -> int:
+    """Compare sample arrays with the inputs of a graph; others than those that it takes do not matter.
 
     Returns:
         The number of samples N.
@@ -140,7 +150,6 @@ def save_arrays(path: Path, proto: Any, arrays: Mapping[str, Array]) -> int:
             f"expected samples of the inputs { ({n: ('N', *s[1:]) for n, s in wanted.items()}) }; got {shapes}; "
             "take them from calibration_arrays(task, card)"
         )
-    np.savez(path, allow_pickle=False, **{name: np.asarray(arrays[name]) for name in wanted})
     return int(next(iter(sizes)))
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepress.calib.ladder import Judge, Ladder, Standard, climb_down
+from fusepress.calib.ladder import Judge, Ladder, Standard, climb_down, kept_batches, worth_releasing
 from fusepress.calib.quantize import Draft
+from fusepress.calib.search import Found
 from fusepress.calib.sensitivity import Sensitivity, branch_by_modules, measure_sensitivity, spare_costs
 from fusepress.export.runtime import OnnxSession
 from fusepress.pipeline.evaluate import Evaluation
@@ -131,6 +132,24 @@ def test_the_last_rung_is_the_float_model(unlike: Bench) -> None:
     assert ladder.found.rung == "float"
     assert ladder.found.spared == set(unlike.draft.units())
     assert ladder.reason.startswith("nothing in INT8: with all units in INT8 it drops by")
+
+
+def test_pairs_of_additions_alone_are_no_int8_to_release() -> None:
+    units, layers = ["a/Conv", "b/Conv", "sum/Add"], ["a/Conv", "b/Conv"]
+    for spared, rung in ((["a/Conv", "sum/Add"], "mixed"), (["b/Conv", "a/Conv"], "float"), ([], "int8")):
+        found = Found(rung="mixed" if spared else "int8", spared=frozenset(spared), trials=())
+        ended = worth_releasing(found, layers, units)
+        assert (ended.rung, ended.spared) == (rung, frozenset(units if rung == "float" else spared))
+
+
+def test_batches_are_kept_in_memory_only_where_they_are_small(unlike: Bench) -> None:
+    task = unlike.judge.task
+    size = sum(value.numel() * 4 for value in task.user.batch.inputs.values())
+    assert kept_batches(task, size) == [task.user.batch]
+    assert kept_batches(task, size - 1) is None
+    again = Judge(task=task, batches=None, seed=0)
+    assert again.evaluate(SESSION(unlike.draft.source)).metrics == unlike.floating.metrics
+    assert (again.samples, again.evaluations) == (SAMPLES, 1)
 
 
 def test_the_gate_is_the_standard_where_the_float_model_meets_it(unlike: Bench) -> None:

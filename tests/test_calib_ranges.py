@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
+from onnx import helper
 
 from fusepress.calib.ranges import (
     BINS,
@@ -22,7 +23,7 @@ from fusepress.calib.ranges import (
     percentile_limit,
 )
 from fusepress.pipeline.errors import QuantizeError
-from tests.qdq_toys import Graph, feeds
+from tests.qdq_toys import SIZE, Graph, feeds
 
 Floats = npt.NDArray[np.float64]
 
@@ -118,6 +119,18 @@ def test_inputs_activations_and_outputs_are_measured_sample_by_sample(tmp_path: 
     np.testing.assert_array_equal(ranges.amax, np.array(expected, np.float32))
     assert ranges.histogram.shape == (3, 3, BINS)
     assert (ranges.histogram.sum(axis=2) == data["image"][0].size).all()
+
+
+def test_tensors_behind_operators_without_shape_inference_are_measured(tmp_path: Path) -> None:
+    g = Graph()
+    g.node("Relu", [g.node("Gelu", ["image"], "hidden", domain="com.microsoft")], "head")
+    proto = g.model({"image": 3}, {"head": 3})
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    ranges = measure_ranges(
+        tmp_path / "model.onnx", ["hidden"], {"image": np.full((1, 3, SIZE, SIZE), -1.0, np.float32)}
+    )
+    assert ranges.amax[0, 0] == pytest.approx(0.1587, abs=1e-4)  # the normal distribution's tail beyond 1
 
 
 def test_activations_that_are_not_finite_are_named_with_node_and_sample(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Quantize:
     """FP16 by autocast, INT8 and FP8 by explicit Q/DQ on a fixed calibration list."""
 
     name = "quantize"
-    version = 2
+    version = 3
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -47,6 +47,7 @@ class Quantize:
         """The precision section, the ONNX file, the calibration data, and what a search is held to."""
         settings = _config(ctx)
         searches = ctx.precision == "int8" and settings.search
+        tabulates = ctx.precision == "int8" and settings.sensitivity
         gate = ctx.recipe.gates.accuracy if searches and settings.max_drop is None else None
         read = {"int8": None, "fp8": {"samples", "exclude"}}.get(ctx.precision, {"samples"})
         return key_parts(
@@ -58,8 +59,9 @@ class Quantize:
                 "seed": ctx.recipe.seed,
                 "host": ctx.on_host,
                 "half_remainder": _half_remainder(ctx),
-                # a search weighs layers by their latency on the target, and stops at the gate
-                "target": ctx.target_identity() if searches else None,
+                # layers are weighed by their latency on the target, in a table of sensitivity too
+                "target": ctx.target_identity() if searches or tabulates else None,
+                # a search stops at the gate
                 "gate": None if gate is None else gate.model_dump(mode="json"),
             },
             inputs=("onnx", "masks", *(("dense_onnx",) if searches else ())),
@@ -84,7 +86,7 @@ class Quantize:
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Of the quantised file."""
-        return common.latency_measurements(ctx, ctx.artifacts["onnx"], ctx.precision)
+        return common.latency_measurements(ctx, ctx.artifacts["onnx"], ctx.final_precision)
 
 
 def _config(ctx: Context) -> QuantizeConfig:
@@ -180,7 +182,8 @@ class _Int8:
             draft, errors = choose_method(draft, self.arrays, self._session)
             details["choice"] = {
                 "ranges_by": draft.method,
-                **{f"output_error_by_{name}": error for name, error in errors.items()},
+                # as the report tells errors everywhere else: the root, in per cent of the outputs' spread
+                **{f"output_error_by_{name}_percent": round(100 * error**0.5, 3) for name, error in errors.items()},
             }
         self.ctx.reporter.update(0.25, f"ranges by {draft.method}")
         return draft
@@ -189,9 +192,9 @@ class _Int8:
         return common.onnx_session(self.ctx, path)
 
     def _climb_down(self, draft: Draft) -> Ladder:
-        from fusepress.calib.ladder import Judge, climb_down
+        from fusepress.calib.ladder import Judge, climb_down, kept_batches
 
-        judge = Judge(task=self.ctx.task, batches=list(self.ctx.task.batches("calib", 0)), seed=self.ctx.recipe.seed)
+        judge = Judge(task=self.ctx.task, batches=kept_batches(self.ctx.task), seed=self.ctx.recipe.seed)
         return climb_down(
             draft,
             judge,
