@@ -40,7 +40,11 @@ class Build(NoLatency):
         return key_parts(
             ctx,
             self,
-            config={"target": ctx.target_identity(), "precision": ctx.precision, "on_the_device": _builds_here(ctx)},
+            config={
+                "target": ctx.target_identity(),
+                "precision": ctx.final_precision,
+                "on_the_device": _builds_here(ctx),
+            },
             inputs=("onnx", "masks"),
             splits=("calib", "eval") if _builds_here(ctx) else ("calib",),
             tools=("tensorrt_rtx", "tensorrt", "onnx", "onnxruntime-gpu"),
@@ -125,7 +129,7 @@ class Build(NoLatency):
             ctx.artifacts["onnx"],
             ctx.profile,
             power_mode=ctx.power_mode,
-            precision=ctx.precision,
+            precision=ctx.final_precision,
             references=references,
             sparse=_is_2to4(ctx),
             dense_onnx=ctx.artifacts.get("dense_onnx"),
