@@ -15,7 +15,8 @@ from fusepress.export.precision import precision_map
 from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import RecipeError
-from fusepress.pipeline.evidence import StageRecord
+from fusepress.pipeline.evidence import RunRecord, StageRecord
+from fusepress.pipeline.gates import judge
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.report.html import render
 from fusepress.pipeline.runner import run_stages
@@ -25,7 +26,7 @@ from fusepress.pipeline.store import Store
 from tests.recovery_runs import toy_project
 
 RECIPE: dict[str, Any] = {
-    "task": "sparsify_toy.py:Toy",
+    "task": "fidelity.py:Fidelity",
     "checkpoint": "dense.safetensors",
     "target": "jetson-agx-orin-64gb",
     "quantize": {"precision": "int8", "samples": 8},
@@ -33,7 +34,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-# judged by how close the outputs stay to those of the float network, which every INT8 misses
+# judged by how close the outputs stay to those of the float network, which no INT8 meets to the last digit
 FIDELITY = """
 from pathlib import Path
 
@@ -64,21 +65,28 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantized(project: Path, name: str, *overrides: str) -> tuple[StageRecord, Path, str]:
-    """The stage's record, its folder, and the report's page."""
+QUANTIZE = ("baseline", "export", "quantize")
+
+
+def ran(project: Path, name: str, *overrides: str, names: tuple[str, ...] = QUANTIZE) -> tuple[RunRecord, Path]:
+    """The record and the folder of a run of some stages."""
     ctx = make_context(load_recipe(project / "recipe.yaml", list(overrides)), Reporter(quiet=True))
     folder = project / "runs" / name
     preflight(ctx, Store(folder.parent / ".store"))
     record = new_record(ctx, folder, "")
-    run_stages(ctx, [stage for stage in STAGES if stage.name in ("baseline", "export", "quantize")], record, folder)
-    stage = record.stage("quantize")
+    run_stages(ctx, [stage for stage in STAGES if stage.name in names], record, folder)
+    return record, folder
+
+
+def stage_of(record: RunRecord, name: str) -> StageRecord:
+    stage = record.stage(name)
     assert stage is not None
-    return stage, folder / "quantize", render(record, folder)
+    return stage
 
 
 def test_all_layers_in_int8_with_card_ranges_and_sensitivity(project: Path) -> None:
-    stage, folder, page = quantized(project, "int8")
-    details = stage.details
+    record, run = ran(project, "int8")
+    details, folder, page = stage_of(record, "quantize").details, run / "quantize", render(record, run)
     card = CalibrationCard.from_json((folder / "calibration.json").read_text())
     assert len(card.sample_ids) == 8
     assert set(card.ranges) == {"samples", "replicates", "max", "percentile 99.99"}
@@ -98,8 +106,10 @@ def test_all_layers_in_int8_with_card_ranges_and_sensitivity(project: Path) -> N
 
 
 def test_a_limit_that_no_int8_meets_releases_fp16_and_says_why(project: Path) -> None:
-    limits = ("quantize.max_drop=0", "quantize.method=max", "gates.accuracy=null")
-    stage, folder, page = quantized(project, "float", "task=fidelity.py:Fidelity", *limits)
+    limits = ("quantize.max_drop=0", "quantize.method=max", "gates.accuracy=null", "gates.latency.mean_ms=1e6")
+    names = (*QUANTIZE, "verify", "build")
+    record, run = ran(project, "float", "verify.replicates=200", *limits, names=names)
+    stage, folder, page = stage_of(record, "quantize"), run / "quantize", render(record, run)
     details = stage.details
     assert details["ladder"]["rung"] == "float"
     assert details["ladder"]["standard"] == "quantize.max_drop"
@@ -111,9 +121,18 @@ def test_a_limit_that_no_int8_meets_releases_fp16_and_says_why(project: Path) ->
     assert "nothing in INT8" in page
     assert 2 < len(details["ladder"]["trials"]) <= 10
     assert details["ladder"]["evaluations"] < 18  # and two for the references
+    # what comes after it is about the file that there is
+    own = [m for m in stage_of(record, "verify").measurements if m.artifact_sha256 == record.artifacts["onnx"].sha256]
+    assert {m.name for m in own} >= {"accuracy.fidelity", "latency.mean_ms"}
+    assert {m.precision for m in own} == {"fp16"}
+    assert "model in fp16" in (run / "build/kit/README.md").read_text()
+    (verdict,) = judge(record, None, load_recipe(run.parent.parent / "recipe.yaml", list(limits)).recipe.gates, {})
+    assert verdict.gate == "latency.mean_ms"
+    assert "judged in fp16: int8 was asked for" in verdict.why
+    assert "fp16 (int8 was asked for)" in page
 
 
-def test_only_a_search_depends_on_the_gate_and_the_target(project: Path) -> None:
+def test_only_a_search_depends_on_the_gate_and_only_weighed_layers_on_the_target(project: Path) -> None:
     def key(*overrides: str) -> str:
         ctx = make_context(load_recipe(project / "recipe.yaml", list(overrides)), Reporter(quiet=True))
         return json.dumps(Quantize().key_parts(ctx).config, sort_keys=True)
@@ -121,8 +140,15 @@ def test_only_a_search_depends_on_the_gate_and_the_target(project: Path) -> None
     gate = "gates.accuracy.max_drop=0.1"
     assert key() != key(gate)
     assert key("quantize.max_drop=0.01") == key("quantize.max_drop=0.01", gate)
+    other = "target=jetson-orin-nx-16gb"
     for off in ("quantize.search=false", "quantize.precision=fp16"):
-        assert key(off) == key(off, gate) == key(off, "target=jetson-orin-nx-16gb")
+        assert key(off) == key(off, gate)
+    assert key("quantize.precision=fp16") == key("quantize.precision=fp16", other)
+    # the table of sensitivity tells what a layer costs on the target
+    unsearched = "quantize.search=false"
+    assert key(unsearched) != key(unsearched, other)
+    unweighed = (unsearched, "quantize.sensitivity=false")
+    assert key(*unweighed) == key(*unweighed, other)
     assert key("quantize.precision=fp16") == key("quantize.precision=fp16", "quantize.method=mse")
 
 
