@@ -200,6 +200,17 @@ def test_equal_pairs_on_one_tensor_are_one_and_a_pair_behind_an_equal_one_is_non
     assert _ops(proto).count("DequantizeLinear") == 2
 
 
+def test_two_equal_pairs_behind_a_pair_of_another_scale_keep_their_own(tmp_path: Path) -> None:
+    graph = Graph(18)
+    coarse = graph.quantized(graph.input("x", [1, 4, 6, 6]), "coarse", scale=0.5)
+    graph.output(graph.add("Neg", graph.quantized(coarse, "a", scale=0.3), name="first"))
+    graph.output(graph.add("Abs", graph.quantized(coarse, "b", scale=0.3), name="second"))
+    graph.output(graph.add("Exp", coarse, name="third"))  # read twice, ONNX Runtime leaves the first pair as it is
+    done, proto = _rewrite(graph, tmp_path, "qdq")
+    assert done[0].max_rel == 0
+    assert _ops(proto).count("QuantizeLinear") == 2
+
+
 # --- the frame --------------------------------------------------------------------------------------------------------
 
 

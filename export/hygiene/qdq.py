@@ -88,26 +88,27 @@ def _repeated(proto: Any, wiring: Wiring) -> list[Any]:
             continue
         scales = _scales(proto, node)
         key = (node.op_type, node.input[0], scales)
-        before = wiring.producer.get(node.input[0])
-        undoes = (
-            node.op_type == "QuantizeLinear"
-            and before is not None
-            and before.op_type == "DequantizeLinear"
-            and before.input[0] not in wiring.constants
-            and _scales(proto, before) == scales
-        )
-        if scales is not None and (key in seen or undoes):
+        if scales is not None and (key in seen or _undone(proto, node, wiring) is not None):
             found.append(node)
         else:
             seen[key] = node.output[0]
     return found
 
 
+def _undone(proto: Any, node: Any, wiring: Wiring) -> Any | None:
+    """The DequantizeLinear of equal scales that a QuantizeLinear undoes, where that one reads no constant."""
+    before = wiring.producer.get(node.input[0])
+    if node.op_type != "QuantizeLinear" or before is None or before.op_type != "DequantizeLinear":
+        return None
+    same = _scales(proto, node) is not None and _scales(proto, before) == _scales(proto, node)
+    return before if same and before.input[0] not in wiring.constants else None
+
+
 def _drop(proto: Any, node: Any) -> None:
     """Let the readers of a repeated node read the equal one's result."""
     wiring = Wiring(proto)
-    before = wiring.producer.get(node.input[0])
-    if node.op_type == "QuantizeLinear" and before is not None and before.op_type == "DequantizeLinear":
+    before = _undone(proto, node, wiring)
+    if before is not None:
         equal = str(before.input[0])
     else:
         scales = _scales(proto, node)
