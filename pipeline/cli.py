@@ -153,7 +153,10 @@ def compress(
 @_override_option
 @_json_option
 def plan(recipe: Path, target: str | None, run_folder: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Dry run: what RECIPE would do, what is frozen and why, whether the budget can be reached."""
+    """Dry run: what RECIPE would do, what is frozen and why, whether the budget can be reached.
+
+    Exit code 2 where it cannot, or where the target is known to refuse an operator that no rewrite mends.
+    """
     from fusepress.pipeline import api
     from fusepress.pipeline.text import plan_lines
 
@@ -162,8 +165,9 @@ def plan(recipe: Path, target: str | None, run_folder: Path | None, overrides: t
         click.echo(json.dumps(facts, indent=1))
     else:
         _print_lines(plan_lines(facts))
-    budget = facts.get("budget", {"reachable": True})
-    return 0 if budget["reachable"] else 2
+    reachable = facts.get("budget", {"reachable": True})["reachable"]
+    buildable = facts.get("operators", {}).get("buildable", True)
+    return 0 if reachable and buildable else 2
 
 
 @cli.command()

@@ -120,19 +120,33 @@ def _operators(ctx: Context, model: Any) -> dict[str, Any]:
         try:
             common.export_for_target(ctx, model, path)
         except ExportError as error:
-            return {"checked": False, "why": f"the model cannot be exported: {error}", "refused": []}
+            why = f"the model cannot be exported: {error}"
+            return {"checked": False, "why": why, "refused": [], "buildable": False}
         return _operators_of(ctx, path)
 
 
 def _operators_of(ctx: Context, path: Path) -> dict[str, Any]:
+    from fusepress.export.hygiene import apply_passes, name_all
     from fusepress.export.onnx import load_onnx
     from fusepress.targets.operators import importer_of, operator_faults
 
     importer = importer_of(ctx.profile)
     if importer is None:
         return {"checked": False, "why": EVERY_OPERATOR}
-    faults = operator_faults(load_onnx(path), ctx.profile)
-    return {"checked": True, "importer": importer.name, "refused": [asdict(fault) for fault in faults]}
+    proto = load_onnx(path)
+    name_all(proto)
+    faults = operator_faults(proto, ctx.profile)
+    if not ctx.from_onnx:  # a file that the recipe starts from is not rewritten
+        apply_passes(proto, list(dict.fromkeys(fault.mended_by for fault in faults if fault.mended_by)))
+    left = {(fault.operator, fault.node): fault for fault in operator_faults(proto, ctx.profile)}
+    rows = [asdict(fault) | {"rewritten": (fault.operator, fault.node) not in left} for fault in faults]
+    return {
+        "checked": True,
+        "importer": importer.name,
+        "basis": importer.basis,
+        "refused": rows,
+        "buildable": not any(fault.certain for fault in left.values()),
+    }
 
 
 def _smallest(group: Group, config: PruneConfig | None) -> int:

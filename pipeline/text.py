@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from fusepress.targets.predict import Prediction
     from fusepress.targets.profile import Profile
 
+OPERATOR_BASIS = {
+    "run": "as the library itself says",
+    "read": "as its documentation says",
+    "not confirmed": "by a list that is not confirmed for this version",
+}
 STYLE = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "ANOMALOUS": "yellow"}
 
 
@@ -111,16 +116,17 @@ def _operator_lines(operators: dict[str, Any] | None) -> list[str]:
         return []
     if not operators["checked"]:
         return [f"operators {operators['why']}"]
-    refused = operators["refused"]
+    refused, known = operators["refused"], OPERATOR_BASIS[operators["basis"]]
     if not refused:
-        return [f"operators {operators['importer']} reads all of them"]
-    lines = [f"operators {operators['importer']} refuses {len(refused)} of an export of the dense model"]
+        return [f"operators {operators['importer']} reads all of them ({known})"]
+    left = [fault for fault in refused if not fault["rewritten"]]
+    done = f", {len(refused) - len(left)} of them rewritten on export" if len(left) < len(refused) else ""
+    lines = [f"operators {operators['importer']} does not take {len(refused)} node(s) of the dense model{done}"]
     for fault in refused:
-        mended = f" (export rewrites it by {fault['mended_by']!r} where that is exact)" if fault["mended_by"] else ""
-        lines.append(
-            f"          {fault['operator']} at {fault['node']}: {fault['why']} [{fault['basis']}]; "
-            f"{fault['advice']}{mended}"
-        )
+        what = f"rewritten by {fault['mended_by']!r}" if fault["rewritten"] else fault["advice"]
+        lines.append(f"          {fault['operator']} at {fault['node']}: {fault['why']} [{fault['basis']}]; {what}")
+    if not operators["buildable"]:
+        lines.append("          the target cannot build this model: nothing is gained by compressing it as it is")
     return lines
 
 

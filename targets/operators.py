@@ -90,6 +90,11 @@ class OperatorFault:
     basis: Basis
     mended_by: str = ""
 
+    @property
+    def certain(self) -> bool:
+        """Whether it was tried or is documented, so that the target cannot build the model."""
+        return self.basis != "not confirmed"
+
     def line(self) -> str:
         """As text."""
         mended = f" (rewritten on export by {self.mended_by!r} where that is exact)" if self.mended_by else ""
@@ -135,7 +140,7 @@ def operator_faults(proto: Any, profile: Profile, tensorrt: str | None = None) -
     importer = importer_of(profile, tensorrt)
     if importer is None:
         return []
-    opset = next(int(e.version) for e in proto.opset_import if e.domain in ("", "ai.onnx"))
+    opset = next((int(e.version) for e in proto.opset_import if e.domain in ("", "ai.onnx")), 1)
     found = []
     if opset > importer.opset:
         found.append(
@@ -149,19 +154,34 @@ def operator_faults(proto: Any, profile: Profile, tensorrt: str | None = None) -
         )
     zeros = _zero_points(proto)
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*proto.graph.value_info, *proto.graph.input)}
-    for node in proto.graph.node:
+    for node, inner in _nodes(proto.graph):
         for why, basis, mended_by in _faults_of(node, importer, zeros, ranks):
             found.append(
                 OperatorFault(
                     operator=node.op_type,
-                    node=node.name or node.output[0],
+                    node=node.name or next(iter(node.output), node.op_type),
                     why=why,
-                    advice=ADVICE.get(node.op_type, DEFAULT_ADVICE),
+                    advice=_advice(node, importer),
                     basis=basis,
-                    mended_by=mended_by,
+                    mended_by="" if inner else mended_by,
                 )
             )
     return found
+
+
+def _nodes(graph: Any, *, inner: bool = False) -> Iterator[tuple[Any, bool]]:
+    """Every node, those of branches and loop bodies too, and whether it is in one: passes rewrite the main graph."""
+    for node in graph.node:
+        yield node, inner
+        for attribute in node.attribute:
+            for body in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _nodes(body, inner=True)
+
+
+def _advice(node: Any, importer: Importer) -> str:
+    if node.op_type == "GridSample" and node.op_type in importer.refused:
+        return "export with operator set 16, and let the pass 'grid_sample' write it as Gather and arithmetic"
+    return ADVICE.get(node.op_type, DEFAULT_ADVICE)
 
 
 def _faults_of(
@@ -177,8 +197,8 @@ def _faults_of(
         basis: Basis = "run" if importer.basis == "run" else "read"
         yield f"{importer.name} has no scatter with a reduction ({_reduction(node)})", basis, mended_by
     elif node.op_type == "Attention":
-        # read by the parser of TensorRT-RTX, and then refused by its builder for want of a kernel
-        yield f"{importer.name} has kernels for some shapes and types only", importer.basis, "attention"
+        # read by the parser of TensorRT-RTX, which was then seen to lack a kernel; nobody can tell for which shapes
+        yield f"{importer.name} has kernels for some shapes and types only", "not confirmed", "attention"
     elif node.op_type == "GridSample" and ranks.get(node.input[0], 4) != 4:
         yield f"{importer.name} samples 4-D tensors only", importer.basis, ""
     elif node.op_type in _QDQ and len(node.input) > 2 and not zeros.get(node.input[2], True):

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from fusepress.export.hygiene import PASSES
+from fusepress.pipeline.cli import run
 from fusepress.pipeline.console import Reporter
-from fusepress.pipeline.errors import TargetError
+from fusepress.pipeline.errors import BuildError, ExportError, TargetError
 from fusepress.pipeline.planning import _operators, _operators_of
+from fusepress.pipeline.stages.build import _check_operators
 from fusepress.pipeline.stages.export import rewritten_for_target
 from fusepress.pipeline.task import LoadedTask, TaskSource
 from fusepress.pipeline.text import plan_lines
@@ -139,7 +141,7 @@ def _context(profile: Any) -> Any:
     task = LoadedTask(
         user=ToyTask(), source=TaskSource(spec="t.py:T", files=()), branches={}, metrics={"m": "max"}, keep=[]
     )
-    return SimpleNamespace(profile=profile, task=task, reporter=Reporter(quiet=True))
+    return SimpleNamespace(profile=profile, task=task, reporter=Reporter(quiet=True), from_onnx=False)
 
 
 def test_the_plan_names_what_the_target_cannot_read() -> None:
@@ -148,8 +150,9 @@ def test_the_plan_names_what_the_target_cannot_read() -> None:
     assert [fault["operator"] for fault in found["refused"]] == ["Det"]
     facts = {"run": "r", "target": "t", "power_mode": "m", "precision": "p", "stages": [], "operators": found}
     lines = plan_lines(facts)
-    assert "operators TensorRT-RTX 1.7 refuses 1 of an export of the dense model" in lines
-    assert "write the determinant out" in lines[-1]
+    assert "operators TensorRT-RTX 1.7 does not take 1 node(s) of the dense model" in lines
+    assert "write the determinant out" in lines[-2]
+    assert "the target cannot build this model" in lines[-1]
     assert _operators(_context(HOST), nn.Identity()) == {"checked": False, "why": "ONNX Runtime has every operator"}
 
 
@@ -158,12 +161,89 @@ def test_the_export_stage_rewrites_what_it_can_and_says_what_is_left(tmp_path: P
     done, left = rewritten_for_target(_context(ADA), path)
     assert done == ["scatter: scatter (largest difference 0)"]
     assert left == []
-    path = _scatter("max").save(tmp_path / "n.onnx")
+    graph = Graph(18)
+    graph.output(graph.add("Det", graph.input("x", [4, 4]), name="pose/Det"))
+    path = graph.save(tmp_path / "n.onnx")
     before = path.read_bytes()
-    done, left = rewritten_for_target(_context(ADA), path)
+    done, left = rewritten_for_target(_context(ORIN), path)
     assert done == []
-    assert "has no scatter with a reduction (max) [run]" in left[0]
+    assert "TensorRT 10.3 does not read it [not confirmed]; write the determinant out" in left[0]
     assert path.read_bytes() == before
+
+
+def test_the_export_stage_stops_at_what_no_engine_can_be_built_of(tmp_path: Path) -> None:
+    path = _scatter("max").save(tmp_path / "n.onnx")
+    message = (
+        r"(?s)that rtx-4090 reads; got 1 that it refuses and no rewrite mends:.*reduction \(max\) \[run\]; scatter"
+    )
+    with pytest.raises(ExportError, match=message):
+        rewritten_for_target(_context(ADA), path)
+
+
+def test_a_kit_that_the_device_refuses_is_not_written(tmp_path: Path) -> None:
+    context = _context(ORIN)
+    context.artifacts = {"onnx": _scatter("max").save(tmp_path / "n.onnx")}
+    with pytest.raises(
+        BuildError, match=r"(?s)that jetson-agx-orin-64gb reads; got 1 that it refuses at n\.onnx:.*max"
+    ):
+        _check_operators(context)
+    context.artifacts = {"onnx": _scatter("none").save(tmp_path / "m.onnx")}
+    _check_operators(context)
+
+
+@pytest.mark.parametrize(
+    ("graph", "profile", "from_onnx", "rewritten", "buildable"),
+    [
+        (_scatter("add", constant=True), ADA, False, True, True),
+        (
+            _scatter("add", constant=True),
+            ADA,
+            True,
+            False,
+            False,
+        ),  # nothing rewrites the file that a recipe starts from
+        (_scatter("add"), ADA, False, False, False),  # the places may repeat
+        (_scatter("max"), ORIN, False, False, False),
+    ],
+    ids=["rewritten", "from ONNX", "not exact", "no pass"],
+)
+def test_the_plan_says_whether_the_target_can_build_the_model(
+    tmp_path: Path, graph: Graph, profile: Any, from_onnx: bool, rewritten: bool, buildable: bool
+) -> None:
+    context = _context(profile)
+    context.from_onnx = from_onnx
+    found = _operators_of(context, graph.save(tmp_path / "m.onnx"))
+    assert [fault["rewritten"] for fault in found["refused"]] == [rewritten]
+    assert found["buildable"] is buildable
+
+
+def test_what_is_not_confirmed_does_not_stop_a_plan(tmp_path: Path) -> None:
+    graph = Graph(18)
+    graph.output(graph.add("Det", graph.input("x", [4, 4]), name="pose/Det"))
+    found = _operators_of(_context(ORIN), graph.save(tmp_path / "m.onnx"))
+    assert [fault["operator"] for fault in found["refused"]] == ["Det"]
+    assert found["buildable"]
+
+
+def test_a_plan_that_cannot_be_built_or_reached_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = {"run": "r", "target": "t", "power_mode": "m", "precision": "p", "stages": []}
+    monkeypatch.setattr("fusepress.pipeline.api.plan", lambda *_, **__: facts)
+    assert run(["plan", "recipe.yaml"]) == 0
+    facts["operators"] = {"checked": False, "why": "the model cannot be exported: x", "refused": [], "buildable": False}
+    assert run(["plan", "recipe.yaml"]) == 2
+    facts["operators"] = {"checked": True, "importer": "i", "basis": "run", "refused": [], "buildable": True}
+    assert run(["plan", "recipe.yaml"]) == 0
+
+
+def test_branches_and_loops_are_looked_into() -> None:
+    inner = Graph(18)
+    inner.output(inner.add("Det", "x", name="inner/Det"), [])
+    body = helper.make_graph(inner.nodes, "branch", [], inner.outputs)
+    graph = Graph(18)
+    graph.input("x", [4, 4])
+    choice = graph.input("choice", [], TensorProto.BOOL)
+    graph.output(graph.add("If", choice, name="if", then_branch=body, else_branch=body), [])
+    assert [fault.node for fault in operator_faults(graph.proto(), ADA)] == ["inner/Det", "inner/Det"]
 
 
 def test_the_toy_is_read_by_every_target() -> None:

@@ -176,6 +176,7 @@ def _context(model: Path, target: str = "jetson-agx-orin-64gb") -> Any:
         profile=load_profile(target),
         power_mode=load_profile(target).default_mode,
         precision="fp32",
+        final_precision="fp32",
         on_host=False,
         reporter=Reporter(quiet=True),
         task=task,

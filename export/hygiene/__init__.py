@@ -78,7 +78,7 @@ def rewrite(
     if unknown:
         raise ExportError(f"expected passes of {list(PASSES)}; got {unknown}; correct the names")
     proto = load_onnx(path_in)
-    _name_all(proto)
+    name_all(proto)
     done: list[Rewrite] = []
     given = list(batches) if batches is not None else None
     candidate = path_out.with_name(f".{path_out.name}.candidate")
@@ -104,7 +104,14 @@ def rewrite(
     return done
 
 
-def _name_all(proto: Any) -> None:
+def apply_passes(proto: Any, names: Sequence[str]) -> None:
+    """Run passes in place, in memory: what `rewrite` would leave, without its proof. Nodes need names (`name_all`)."""
+    for name in names:
+        if PASSES[name].find(proto):
+            PASSES[name].apply(proto)
+
+
+def name_all(proto: Any) -> None:
     """Passes know nodes by their names: a node without one, or with another's, gets its own."""
     seen: set[str] = set()
     for index, node in enumerate(proto.graph.node):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.evaluate import evaluate
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
@@ -21,14 +22,14 @@ ENGINE = "model.engine"
 NOT_EXECUTED_BY_US = "built by TensorRT on this machine, by code that was not executed by us: compare it with the kit"
 REFERENCE_SAMPLES = 2
 TRIAL_SECONDS = 20.0
-BUILD_TIMEOUT_S = 1200
+BUILD_TIMEOUT_S = 3600  # a Jetson times every kernel itself
 
 
 class Build(NoLatency):
     """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
 
     name = "build"
-    version = 2
+    version = 3
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -36,16 +37,20 @@ class Build(NoLatency):
         return "ONNX Runtime runs the ONNX file itself" if ctx.profile.runtime == "onnxruntime" else None
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The released ONNX, the target and the builder."""
+        """The released ONNX, the dense one that the kit times beside it, the target, the builder and its GPU."""
+        from fusepress.export.builder import gpu
+
         return key_parts(
             ctx,
             self,
             config={
                 "target": ctx.target_identity(),
                 "precision": ctx.final_precision,
-                "on_the_device": _builds_here(ctx),
+                "sparse": _is_2to4(ctx),
+                # an engine and its trial belong to one model of GPU and its driver, not to a compute capability
+                "device": gpu() if _builds_here(ctx) else None,
             },
-            inputs=("onnx", "masks"),
+            inputs=("onnx", "dense_onnx", "masks"),
             splits=("calib", "eval") if _builds_here(ctx) else ("calib",),
             tools=("tensorrt_rtx", "tensorrt", "onnx", "onnxruntime-gpu"),
         )
@@ -120,10 +125,12 @@ class Build(NoLatency):
         from fusepress.export.engine import why_no_tensorrt
 
         session = common.onnx_session(ctx, ctx.artifacts["onnx"])
+        _check_operators(ctx)
         references = []
         for batch in common.calib_batches(ctx, REFERENCE_SAMPLES):
             inputs = {name: value[:1] for name, value in batch.inputs.items()}
             references.append((inputs, session(inputs)))
+        refused = _refused(ctx, "dense_onnx")  # the dense model goes into the kit as it is: no pass rewrites it
         kit = write_build_kit(
             out / "kit",
             ctx.artifacts["onnx"],
@@ -132,10 +139,12 @@ class Build(NoLatency):
             precision=ctx.final_precision,
             references=references,
             sparse=_is_2to4(ctx),
-            dense_onnx=ctx.artifacts.get("dense_onnx"),
+            dense_onnx=None if refused else ctx.artifacts.get("dense_onnx"),
         )
         details: dict[str, Any] = {"kit": kit.to_dict(), "executed": False, "tensorrt_here": why_no_tensorrt()}
         details["note"] = f"a build kit for {ctx.profile.name}: no engine was built; the device builds it with build.sh"
+        if refused:  # one engine that cannot be built would stop the script
+            details["dense model not in the kit"] = refused
         if _is_2to4(ctx):
             from fusepress.export.sparse_build import unproven
 
@@ -144,16 +153,37 @@ class Build(NoLatency):
         return StageOutput(details=details, artifacts={"build_kit": "kit"})
 
 
+def _check_operators(ctx: Context) -> None:
+    """A kit that the device is known to refuse is none; a file that the recipe starts from comes here unchecked."""
+    refused = _refused(ctx, "onnx")
+    if refused:
+        raise BuildError(
+            f"expected operators that {ctx.profile.name} reads; got {len(refused)} that it refuses at "
+            f"{ctx.artifacts['onnx'].name}:\n  " + "\n  ".join(refused)
+        )
+
+
+def _refused(ctx: Context, artifact: str) -> list[str]:
+    """What the target is known to refuse of an ONNX artifact, where there is one."""
+    from fusepress.export.onnx import load_onnx
+    from fusepress.targets.operators import operator_faults
+
+    if artifact not in ctx.artifacts:
+        return []
+    return [f.line() for f in operator_faults(load_onnx(ctx.artifacts[artifact]), ctx.profile) if f.certain]
+
+
 def _is_2to4(ctx: Context) -> bool:
     return "masks" in ctx.artifacts and ctx.recipe.wants_2to4
 
 
 def _builds_here(ctx: Context) -> bool:
-    """TensorRT is installed beside a GPU of the target's kind."""
-    if ctx.profile.runtime != "tensorrt":
-        return False
+    """TensorRT is installed beside a GPU of the target's kind; which one is known, where there are several."""
     from fusepress.export.builder import gpu
     from fusepress.export.engine import why_no_tensorrt
+
+    if ctx.profile.runtime != "tensorrt":
+        return False
 
     return why_no_tensorrt() is None and gpu()["capability"] == [ctx.profile.compute_capability]
 

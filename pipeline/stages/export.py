@@ -22,7 +22,7 @@ class Export:
     """Exports, slims and checks parity on real batches and on the task's metric."""
 
     name = "export"
-    version = 2
+    version = 3
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -30,12 +30,17 @@ class Export:
         return "the checkpoint is an ONNX file" if ctx.from_onnx else None
 
     def key_parts(self, ctx: Context) -> KeyParts:
-        """The weights, the plan, the opsets and the seed."""
+        """The weights, the plan, the opsets, what the target's importer reads, and the seed."""
+        from fusepress.targets.operators import importer_of
+
+        importer = importer_of(ctx.profile)
         return key_parts(
             ctx,
             self,
             config={
                 "opset": [ctx.profile.opset, ctx.profile.opset_scatternd],
+                # decides what is rewritten, and what the report says is still refused
+                "importer": None if importer is None else importer.name,
                 "seed": ctx.recipe.seed,  # of the bootstrap behind the intervals; the file itself does not depend on it
             },
             inputs=("dense_weights", "weights", "plan", "masks"),
@@ -95,14 +100,28 @@ class Export:
 
 
 def rewritten_for_target(ctx: Context, path: Path, batches: list[Batch] | None = None) -> tuple[list[str], list[str]]:
-    """Rewrite in place what the target's importer does not take and an exact pass mends; (done, still refused)."""
+    """Rewrite in place what the target's importer does not take and an exact pass mends.
+
+    Returns:
+        What was done, and what a list that is not confirmed says is still refused.
+
+    Raises:
+        ExportError: something is left that the importer is known to refuse: no engine would ever be built.
+    """
     from fusepress.export.hygiene import rewrite
     from fusepress.export.onnx import load_onnx
     from fusepress.targets.operators import operator_faults
 
     passes = list(dict.fromkeys(f.mended_by for f in operator_faults(load_onnx(path), ctx.profile) if f.mended_by))
     done = rewrite(path, path, passes, batches) if passes else []
-    left = [fault.line() for fault in operator_faults(load_onnx(path), ctx.profile)]
+    faults = operator_faults(load_onnx(path), ctx.profile)
+    known = [fault.line() for fault in faults if fault.certain]
+    if known:
+        raise ExportError(
+            f"expected operators that {ctx.profile.name} reads; got {len(known)} that it refuses and no rewrite "
+            "mends:\n  " + "\n  ".join(known)
+        )
+    left = [fault.line() for fault in faults]
     for line in left:
         ctx.reporter.warn(f"{ctx.profile.name} may not build this: {line}")
     return [f"{r.name}: {', '.join(r.changed)} (largest difference {r.max_rel:.2g})" for r in done], left
