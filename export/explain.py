@@ -53,6 +53,11 @@ ADVICE: dict[FindingKind, str] = {
     "launch bound": "fewer and larger operations, removal of blocks, or a CUDA graph where none is used",
 }
 TRANSPOSED = "TensorRT runs transposed convolutions in floating point: use Resize and a convolution"
+UNFUSED = (
+    "the file lets them fuse and the builder did not: nothing to mend in the graph; try this layer in floating point "
+    "(quantize.exclude), or another version of the builder"
+)
+REWRITE_BY = "rewrite the file: fusepress.export.hygiene.rewrite(path, path, [{name!r}])"
 BUILDER_CHOSE = "the file has Q/DQ for it and the builder chose otherwise: check its operands' scales and alignment"
 
 
@@ -230,10 +235,16 @@ def _seam_findings(seams: Sequence[Seam], wiring: Wiring, prices: _Prices) -> It
             kind=seam.kind,
             where=seam.layer or seam.node,
             what=seam.what,
-            advice=ADVICE[seam.kind],
+            advice=_seam_advice(seam),
             gain_ms=prices.copy_ms(wiring.elements(seam.tensor), bits),
             source="engine" if seam.layer else "graph",
         )
+
+
+def _seam_advice(seam: Seam) -> str:
+    if seam.mended_by:
+        return REWRITE_BY.format(name=seam.mended_by)
+    return UNFUSED if seam.chosen else ADVICE[seam.kind]
 
 
 def _floating(prices: _Prices, layers: Sequence[EngineLayer]) -> Iterator[Finding]:
@@ -354,9 +365,10 @@ def _launch_bound(prices: _Prices) -> Iterator[Finding]:
             yield Finding(
                 kind="launch bound",
                 where=f"{run[0].name} to {run[-1].name}",
-                what=f"{len(run)} kernels in a row that take longer to start than to run; the gain is that of one",
+                what=f"{len(run)} kernels in a row that take longer to start than to run; the gain is that of half as "
+                "many",
                 advice=ADVICE["launch bound"],
-                gain_ms=(len(run) - 1) * prices.launch_ms,
+                gain_ms=len(run) // 2 * prices.launch_ms,
             )
         start = end + 1
 

@@ -45,6 +45,8 @@ class Seam:
         tensor: what it reads; "" where it is not known.
         what: one sentence.
         layer: the engine's layer; "" where only the graph was read.
+        chosen: the graph lets the two fuse, and the builder did not.
+        mended_by: name of the pass in export/hygiene that takes the cause out of the file; "" where there is none.
     """
 
     kind: Kind
@@ -52,6 +54,8 @@ class Seam:
     tensor: str
     what: str
     layer: str = ""
+    chosen: bool = False
+    mended_by: str = ""
 
 
 def graph_seams(wiring: Wiring) -> list[Seam]:
@@ -74,7 +78,8 @@ def _seams_at(node: Any, wiring: Wiring) -> Iterator[Seam]:
         case op if op in ACTIVATIONS:
             why = _cut_off(node, wiring)
             if why:
-                yield Seam(kind="broken fusion", node=node.name, tensor=node.input[0], what=why)
+                mended_by = "qdq" if op == "Relu" and _behind_qdq(node, wiring) else ""
+                yield Seam(kind="broken fusion", node=node.name, tensor=node.input[0], what=why, mended_by=mended_by)
         case "Add":
             why = _half_quantised(node, wiring)
             if why:
@@ -101,6 +106,11 @@ def _converts_inside(node: Any, wiring: Wiring) -> bool:
     if source in wiring.fixed or source in wiring.inputs or result in wiring.outputs:
         return False
     return wiring.is_float(source) and wiring.is_float(result) and wiring.types[source] != wiring.types[result]
+
+
+def _behind_qdq(node: Any, wiring: Wiring) -> bool:
+    source = wiring.producer.get(node.input[0])
+    return source is not None and source.op_type == "DequantizeLinear"
 
 
 def _cut_off(node: Any, wiring: Wiring) -> str:
@@ -150,7 +160,7 @@ def engine_seams(layers: Sequence[EngineLayer], wiring: Wiring) -> list[Seam]:
     found = [
         Seam(kind="reformat", node=node, tensor=tensor, layer=layer.name, what=_reformat_words(layer, tensor))
         for layer in layers
-        if (place := _reformatted(layer, by_name, computed)) is not None
+        if (place := _reformatted(layer, by_name, computed, wiring)) is not None
         for node, tensor in [place]
     ]
     holder = {name: layer for layer in layers for name in layer.nodes if _is(by_name, name, ACTIVATIONS)}
@@ -161,8 +171,19 @@ def engine_seams(layers: Sequence[EngineLayer], wiring: Wiring) -> list[Seam]:
             continue
         own = computed.get(product.name)
         if own is not None and own.name != layer.name and name not in own.nodes:
-            what = f"the builder runs {name} apart from {product.name}"
-            found.append(Seam(kind="broken fusion", node=name, tensor=product.output[0], layer=layer.name, what=what))
+            why = _cut_off(node, wiring)
+            what = f"the builder runs {name} apart from {product.name}" + (f": {why}" if why else "")
+            found.append(
+                Seam(
+                    kind="broken fusion",
+                    node=name,
+                    tensor=product.output[0],
+                    layer=layer.name,
+                    what=what,
+                    chosen=not why,
+                    mended_by="qdq" if why and node.op_type == "Relu" and _behind_qdq(node, wiring) else "",
+                )
+            )
     return found
 
 
@@ -171,7 +192,7 @@ def _is(by_name: dict[str, Any], name: str, kinds: frozenset[str]) -> bool:
 
 
 def _reformatted(
-    layer: EngineLayer, by_name: dict[str, Any], computed: dict[str, EngineLayer]
+    layer: EngineLayer, by_name: dict[str, Any], computed: dict[str, EngineLayer], wiring: Wiring
 ) -> tuple[str, str] | None:
     """(node, tensor) where a layer only moves a tensor, else None."""
     if layer.reformats:
@@ -187,6 +208,9 @@ def _reformatted(
     if not conversions or len(conversions) < len(own):
         return None
     first = conversions[0]
+    source = wiring.behind_qdq(first.input[0])
+    if source is not None and source.name in layer.nodes:  # scales and bias of that product: it runs anyway
+        return None
     return str(first.name), str(first.input[0])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from fusepress.export.explain import Explanation, Finding, explain_model
 from fusepress.export.inspector import EngineLayer
@@ -186,9 +187,27 @@ def test_seams_of_an_engine_are_taken_from_its_own_list(tmp_path: Path) -> None:
         ("broken fusion", "k1"),
     }
     assert {f.source for f in explanation.findings} == {"engine"}
+    (broken,) = _of(explanation, "broken fusion")
+    assert broken.advice.startswith("the file lets them fuse and the builder did not")  # the Relu is right behind it
     assert explanation.layers == 5
     fused = (EngineLayer(name="a", type="correlation", precision="int8", nodes=("a", "a/Relu", "r_QuantizeLinear")),)
     assert _of(_explain(graph, tmp_path, "int8", fused), "broken fusion") == []
+
+
+def test_what_scales_a_product_is_no_reformat_and_qdq_in_between_names_its_pass(tmp_path: Path) -> None:
+    graph = Graph(19, half=True)
+    x = graph.conv_int8(graph.quantized(graph.input("x", [1, 256, SIZE, SIZE]), "q"), (256, 256), "a")
+    graph.output(graph.add("Cast", x, name="cast", to=TensorProto.FLOAT), kind=TensorProto.FLOAT)
+    layers = (
+        EngineLayer(name="a", type="correlation", precision="int8", nodes=("a", "q_DequantizeLinear")),
+        EngineLayer(name="k", type="kgen", precision="fp32", nodes=("a", "cast")),
+    )
+    assert _of(_explain(graph, tmp_path, "int8", layers), "reformat") == []
+    graph = Graph(19, half=True)
+    x = graph.conv_int8(graph.quantized(graph.input("x", [1, 256, SIZE, SIZE]), "q"), (256, 256), "a")
+    graph.output(graph.add("Relu", graph.quantized(x, "r"), name="a/Relu"))
+    (found,) = _of(_explain(graph, tmp_path, "int8"), "broken fusion")
+    assert "rewrite(path, path, ['qdq'])" in found.advice
 
 
 def test_a_tail_of_small_kernels_is_found(tmp_path: Path) -> None:
