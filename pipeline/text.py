@@ -187,8 +187,10 @@ def _attempt_line(what: str, name: str, attempt: dict[str, Any]) -> str:
     parts = [f"{count} layers in {precision}" for precision, count in attempt.get("precisions", {}).items()]
     if "sparse" in attempt:
         parts += [f"{key} {value}" for key, value in attempt["sparse"].items() if key != "because"]
-    latency = attempt.get("latency") or attempt.get("run", {}).get("latency")
-    parts.append(f"{latency['mean_ms']:.4g} ms" if latency else "built, not executed")
+    ran = attempt.get("run", {})
+    latency = attempt.get("latency") or ran.get("latency")
+    why = "" if ran.get("ok", True) else f": {ran['error'].splitlines()[0]}"
+    parts.append(f"{latency['mean_ms']:.4g} ms" if latency else f"built, not executed{why}")
     return f"{what:<10}{name}: {', '.join(parts)}"
 
 

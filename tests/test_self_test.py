@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from fusepress.export.sparsity import check_sparsity_2to4
 from fusepress.export.tiny import KINDS, tiny_model
 from fusepress.pipeline import self_test as module
 from fusepress.pipeline.cli import run
+from fusepress.pipeline.text import self_test_lines
 from fusepress.targets.operators import operator_faults
 from fusepress.targets.profile import load_profile
 from tests.doubles import play_tensorrt
@@ -119,6 +123,47 @@ def test_whatever_is_raised_is_in_the_record_and_no_folder_is(monkeypatch: pytes
     assert error.startswith("AttributeError: no num_io_tensors in trt.so, node camera/stem/Conv (test_self_test.py:")
 
 
+def test_an_engine_that_was_built_and_does_not_run_says_why() -> None:
+    failed = {"ok": True, "precisions": {"int8": 4}, "run": {"ok": False, "error": "BuildError: another GPU\nmore"}}
+    record = {
+        "machine": {"system": "Linux", "host": {}},
+        "onnxruntime": {},
+        "tensorrt": {"importer": {}, "builds": {"int8": failed}},
+        "tensorrt_rtx": {"importer": {}},
+        "missing": [],
+    }
+    assert "build     int8: 4 layers in int8, built, not executed: BuildError: another GPU" in self_test_lines(record)
+
+
 def test_measuring_nothing_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["measure"]) == 2
     assert "expected a run folder or an ONNX file; got neither; name one, or try --self-test" in capsys.readouterr().err
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom fusepress.export.worker import read_job\n"
+        f"read_job()\nPath({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    call = f"run_job('sleeper', {{}}, log=Path({str(tmp_path / 'log')!r}), timeout_s=60)"
+    code = f"from pathlib import Path\nfrom fusepress.export.worker import run_job\n{call}"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    end = time.monotonic() + 50
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    worker = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    while _lives(worker):
+        assert time.monotonic() < end, "the worker outlived its parent"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
