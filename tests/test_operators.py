@@ -19,7 +19,7 @@ from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import BuildError, ExportError, TargetError
 from fusepress.pipeline.planning import _operators, _operators_of
 from fusepress.pipeline.stages.build import _check_operators
-from fusepress.pipeline.stages.export import rewritten_for_target
+from fusepress.pipeline.stages.export import require_buildable, rewritten_for_target
 from fusepress.pipeline.task import LoadedTask, TaskSource
 from fusepress.pipeline.text import plan_lines
 from fusepress.targets.operators import _RTX, importer_of, operator_faults
@@ -178,6 +178,12 @@ def test_the_export_stage_stops_at_what_no_engine_can_be_built_of(tmp_path: Path
     )
     with pytest.raises(ExportError, match=message):
         rewritten_for_target(_context(ADA), path)
+    with pytest.raises(ExportError, match=message):  # of the dense model already
+        require_buildable(_context(ADA), path)
+    path = _scatter("add", constant=True).save(tmp_path / "m.onnx")
+    before = path.read_bytes()
+    require_buildable(_context(ADA), path)
+    assert path.read_bytes() == before
 
 
 def test_a_kit_that_the_device_refuses_is_not_written(tmp_path: Path) -> None:

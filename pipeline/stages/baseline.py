@@ -12,6 +12,7 @@ from fusepress.pipeline.evaluate import evaluate
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.export import require_buildable
 from fusepress.pipeline.store import KeyParts, sha256_file
 
 RANGE_SAMPLES = 16  # that FP16 ranges are checked on
@@ -120,6 +121,7 @@ class Baseline:
         """Its path, valid for every process while the stage runs, and its sha256."""
         fp32 = out / "dense.onnx"
         common.export_for_target(ctx, model, fp32)
+        require_buildable(ctx, fp32)
         final = fp32
         if common.stage_precision(ctx) == "fp16":
             from fusepress.calib.dataset import calibration_arrays, choose_calibration

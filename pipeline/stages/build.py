@@ -141,7 +141,11 @@ class Build(NoLatency):
             sparse=_is_2to4(ctx),
             dense_onnx=None if refused else ctx.artifacts.get("dense_onnx"),
         )
-        details: dict[str, Any] = {"kit": kit.to_dict(), "executed": False, "tensorrt_here": why_no_tensorrt()}
+        details: dict[str, Any] = {
+            "kit": kit.to_dict(),
+            "executed": False,
+            "tensorrt_here": why_no_tensorrt() or _other_gpu(ctx),
+        }
         details["note"] = f"a build kit for {ctx.profile.name}: no engine was built; the device builds it with build.sh"
         if refused:  # one engine that cannot be built would stop the script
             details["dense model not in the kit"] = refused
@@ -186,6 +190,20 @@ def _builds_here(ctx: Context) -> bool:
         return False
 
     return why_no_tensorrt() is None and gpu()["capability"] == [ctx.profile.compute_capability]
+
+
+def _other_gpu(ctx: Context) -> str | None:
+    """Why no engine is built although TensorRT is here, None where one is."""
+    from fusepress.export.builder import gpu
+
+    if _builds_here(ctx):
+        return None
+    here = gpu()
+    capability = ", ".join(here["capability"]) or "unknown"
+    return (
+        f"the GPU here is {here['name']}, compute capability {capability}; the target's is "
+        f"{ctx.profile.compute_capability}"
+    )
 
 
 def _options(ctx: Context, *, sparse: bool = False) -> BuildOptions:

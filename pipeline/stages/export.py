@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.errors import ExportError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
@@ -12,6 +13,9 @@ from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts, sha256_file
 from fusepress.pipeline.task import Batch
+
+if TYPE_CHECKING:
+    from fusepress.targets.operators import OperatorFault
 
 PARITY_RELATIVE = 1e-4
 METRIC_TOLERANCE = 1e-3
@@ -115,16 +119,36 @@ def rewritten_for_target(ctx: Context, path: Path, batches: list[Batch] | None =
     passes = list(dict.fromkeys(f.mended_by for f in operator_faults(load_onnx(path), ctx.profile) if f.mended_by))
     done = rewrite(path, path, passes, batches) if passes else []
     faults = operator_faults(load_onnx(path), ctx.profile)
+    _refuse_known(ctx, faults)
+    left = [fault.line() for fault in faults]
+    for line in left:
+        ctx.reporter.warn(f"{ctx.profile.name} may not build this: {line}")
+    return [f"{r.name}: {', '.join(r.changed)} (largest difference {r.max_rel:.2g})" for r in done], left
+
+
+def require_buildable(ctx: Context, path: Path) -> None:
+    """Refuse an export that the target is known to refuse whatever is rewritten; the file stays as it is.
+
+    Raises:
+        ExportError: as `rewritten_for_target`, before anything is compressed.
+    """
+    from fusepress.export.hygiene import apply_passes, name_all
+    from fusepress.export.onnx import load_onnx
+    from fusepress.targets.operators import operator_faults
+
+    proto = load_onnx(path)
+    name_all(proto)
+    apply_passes(proto, list(dict.fromkeys(f.mended_by for f in operator_faults(proto, ctx.profile) if f.mended_by)))
+    _refuse_known(ctx, operator_faults(proto, ctx.profile))
+
+
+def _refuse_known(ctx: Context, faults: Sequence[OperatorFault]) -> None:
     known = [fault.line() for fault in faults if fault.certain]
     if known:
         raise ExportError(
             f"expected operators that {ctx.profile.name} reads; got {len(known)} that it refuses and no rewrite "
             "mends:\n  " + "\n  ".join(known)
         )
-    left = [fault.line() for fault in faults]
-    for line in left:
-        ctx.reporter.warn(f"{ctx.profile.name} may not build this: {line}")
-    return [f"{r.name}: {', '.join(r.changed)} (largest difference {r.max_rel:.2g})" for r in done], left
 
 
 def confirmed_sparsity(path: Path, ctx: Context) -> dict[str, Any]:
