@@ -58,7 +58,7 @@ class WriteStage:
 
 
 def _context(target: str = "untimed") -> Context:
-    fields: dict[str, Any] = {"artifacts": {}, "shas": {}, "reporter": Reporter(quiet=True), "precision": "fp16"}
+    fields: dict[str, Any] = {"artifacts": {}, "shas": {}, "reporter": Reporter(quiet=True), "final_precision": "fp16"}
     fields["target_identity"] = lambda: {"name": target}
     context = SimpleNamespace(**fields)
 
