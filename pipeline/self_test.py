@@ -115,7 +115,7 @@ def _write_models(folder: Path) -> dict[str, Path]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The same without this machine's folders, in whatever a library said: /home/me/model.onnx is model.onnx."""
+    """The same without this machine's folders, in whatever a library said: a path becomes the file it ends in."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, dict):

@@ -17,7 +17,7 @@ from fusepress.pipeline.scoring.criteria import score_channels, score_weights
 from fusepress.pipeline.scoring.curvature import PRODUCT_PASSES, Curvature, hessian_product
 from fusepress.pipeline.scoring.gradients import Passes
 from fusepress.pipeline.task import Batch, LoadedTask
-from tests.scoring_toys import ConvToy, ToyGraph, loaded, squared_error
+from tests.scoring_toys import ConvToy, NoSecond, ToyGraph, loaded, squared_error
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 48
@@ -154,16 +154,6 @@ def test_a_hessian_product_counts_as_the_passes_whose_work_it_does(curvature: Cu
 
 
 def test_a_try_that_falls_back_to_differences_counts_as_one_pass_more() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return 2.0 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: object, grad: Tensor) -> Tensor:
-            return 2.0 * grad
-
     forwards = 0
 
     class Model(nn.Module):
@@ -174,7 +164,7 @@ def test_a_try_that_falls_back_to_differences_counts_as_one_pass_more() -> None:
         def forward(self, x: Tensor) -> Tensor:
             nonlocal forwards
             forwards += 1
-            out: Tensor = Once.apply(self.weight).square() + 0.0 * x.sum()  # type: ignore[no-untyped-call]
+            out: Tensor = NoSecond.apply(self.weight).square() + 0.0 * x.sum()  # type: ignore[no-untyped-call]
             return out
 
     model = Model()

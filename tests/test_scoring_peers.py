@@ -33,7 +33,7 @@ from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.scoring.sensitivity import score_snip
 from fusepress.pipeline.scoring.synflow import Flow
 from fusepress.pipeline.task import Batch, LoadedTask
-from tests.scoring_toys import ConvToy, ToyGraph, loaded, map_error, state_bytes
+from tests.scoring_toys import ConvToy, NoSecond, ToyGraph, loaded, map_error, state_bytes
 
 FAST = ScoreConfig(method="altermoma", beta=1.0, batches=2, reactivation_batches=2, reactivation_lr=0.02)
 
@@ -294,19 +294,6 @@ def test_a_hessian_product_taken_batch_by_batch_adds_up_to_the_whole(dtype: torc
         torch.testing.assert_close(
             torch.stack(parts).sum(dim=0), value, rtol=rtol, atol=rtol * float(value.abs().max())
         )
-
-
-class NoSecond(torch.autograd.Function):
-    """Doubles, with a gradient that has no gradient."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 2.0 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return 2.0 * grad
 
 
 class Doubling(nn.Module):

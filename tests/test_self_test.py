@@ -113,7 +113,7 @@ def test_a_library_that_is_not_there_or_breaks_is_told(tmp_path: Path, monkeypat
 
 def test_whatever_is_raised_is_in_the_record_and_no_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
-        raise AttributeError("no num_io_tensors in /home/me/lib/trt.so, node camera/stem/Conv")
+        raise AttributeError("no num_io_tensors in /opt/vendor/lib/trt.so, node camera/stem/Conv")
 
     monkeypatch.setattr(module, "_on_onnxruntime", broken)
     monkeypatch.setattr(module, "RUNTIMES", ())
