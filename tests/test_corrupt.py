@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from fusepress.pipeline.corrupt import blank, corrupt, failures_of, watched
 from fusepress.pipeline.errors import RecipeError, TaskError
+from fusepress.pipeline.stages.verify import _tried_here
 from fusepress.pipeline.task import Batch, LoadedTask, TaskSource
 
 
@@ -154,6 +156,24 @@ def test_nothing_is_watched_where_no_inputs_are_named_or_one_modality_is_all() -
     alone = Plain()
     alone.inputs_by_modality = {"camera": ["image"]}
     assert watched(replace(load(alone), branches={"camera": ["camera"]})) == []
+
+
+def test_a_watched_failure_that_cannot_act_is_left_out_with_the_reason_and_a_gates_own_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Task(Plain):
+        def batches(self, split: str, seed: int, **share: int) -> list[Batch]:
+            batch = make_batch()
+            return [replace(batch, inputs={"image": batch.inputs["image"], "speed": torch.ones(2)})]
+
+    user = Task()
+    user.inputs_by_modality = {"camera": ["image"], "lidar": ["speed"]}
+    gates = SimpleNamespace(robustness={"camera_blank": SimpleNamespace(severity=2)})
+    context: Any = SimpleNamespace(task=load(user), recipe=SimpleNamespace(gates=gates))
+    assert _tried_here(context) == {"camera_blank": 2, "lidar_blank": 3}
+    assert "robustness to lidar_half is not looked at: expected an input that lidar_half can act on" in caplog.text
+    gates.robustness |= {name: SimpleNamespace(severity=3) for name in ("lidar_blank", "lidar_half")}
+    assert _tried_here(context) == {"camera_blank": 2, "lidar_blank": 3, "lidar_half": 3}
 
 
 def test_an_unknown_failure_names_the_known_ones() -> None:
