@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.graph.plan import PrunePlan
 from fusepress.pipeline.recipe import FinetuneConfig
 from fusepress.pipeline.recovery.distill import Distiller
-from fusepress.pipeline.recovery.finetune import FinetuneResult, FitHooks, TrainProgress, finetune
+from fusepress.pipeline.recovery.finetune import FinetuneResult, FitHooks, finetune
 from fusepress.pipeline.task import Batch, LoadedTask, load_task
+from tests.recovery_runs import Killed, kill_at, same
 
 TESTS = Path(__file__).parent
 BASE: dict[str, Any] = {"steps": 12, "lr": 0.01, "checkpoint_every": 5, "modality_dropout": 0.3, "ema": 0.9}
@@ -58,22 +59,6 @@ class Expert(nn.Module):
     def forward(self, image: Tensor, points: Tensor) -> dict[str, Tensor]:
         x = self.lidar(points).mean(1)
         return {name: head(x) for name, head in self.heads.items()}
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int) -> Callable[[TrainProgress], None]:
-    def progress(now: TrainProgress) -> None:
-        if now.step == step:
-            raise Killed
-
-    return progress
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def pruned(task: LoadedTask) -> tuple[nn.Module, nn.Module, PrunePlan]:
