@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 MOST_STRATA = 12  # more are counted in a report, not listed
 MAX_BATCHES = 100_000  # a `calib` split that never ends is a fault of the task
-
-
 SCHEMA = 2
 
 

@@ -244,6 +244,7 @@ def _trial(ctx: Context, plain: EngineInfo, sparse: EngineInfo) -> SparseVerdict
     inputs = common.example_inputs(ctx)
     timed = {name: session.timed_callable(inputs) for name, session in sessions.items()}
     speedup = measure_interleaved(timed, max_seconds=TRIAL_SECONDS).speedup("plain", "sparse")
-    metric, direction = next(iter(ctx.task.metrics.items()))
+    metric = ctx.task.primary
+    direction = ctx.task.metrics[metric]
     found = {name: evaluate(ctx.task, session, "eval").metrics[metric] for name, session in sessions.items()}
     return judge_sparse(speedup, plain_metric=found["plain"], sparse_metric=found["sparse"], direction=direction)
