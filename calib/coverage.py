@@ -7,6 +7,7 @@ sample: what it leaves out resembles something that it took. Ranges depend on ex
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,9 +56,9 @@ def choose(features_NF: Floats, strata: Sequence[str], count: int, seed: int) ->
     n = len(strata)
     order = np.random.default_rng(seed).permutation(n)
     points_NF, labels = features_NF[order], [strata[i] for i in order]
-    names = sorted(set(labels))
-    stratum_N = np.array([names.index(label) for label in labels])
-    taken_S = np.zeros(len(names), dtype=np.int64)
+    number = {label: index for index, label in enumerate(sorted(set(labels)))}
+    stratum_N = np.array([number[label] for label in labels])
+    taken_S = np.zeros(len(number), dtype=np.int64)
     open_N = np.ones(n, dtype=np.bool_)
     distance_N = np.full(n, np.inf)
     chosen: list[int] = []
@@ -96,9 +97,9 @@ def coverage(features: Sequence[Mapping[str, float]], strata: Sequence[str], cho
     gap_N = np.full(len(features), np.inf)
     for index in chosen:
         gap_N = np.minimum(gap_N, np.linalg.norm(scaled_NF - scaled_NF[index], axis=1))
-    taken = [strata[i] for i in chosen]
+    there, taken = Counter(strata), Counter(strata[i] for i in chosen)
     return {
-        "strata": {label: [list(strata).count(label), taken.count(label)] for label in sorted(set(strata))},
+        "strata": {label: [there[label], taken[label]] for label in sorted(there)},
         "features": {
             name: {
                 "low": float(table_NF[:, f].min()),

@@ -20,13 +20,13 @@ from fusepress.calib.qdq import QdqGraph
 from fusepress.calib.quantize import Draft, layer_macs
 from fusepress.export.runtime import OnnxSession
 from fusepress.pipeline.errors import TargetError
+from fusepress.pipeline.graph.plan import FUSION
 from fusepress.targets.network import read_network
 from fusepress.targets.predict import predict_network
 from fusepress.targets.profile import Profile
 
 Array = np.ndarray[Any, Any]
 Session = Callable[[Path], OnnxSession]
-FUSION = "fusion"
 PROXY_SAMPLES = 8
 OTHER_RUNS = 4  # of each sample: the float model, all INT8, and both sides of every layer
 LEAST_COST = 1e-3  # of the most expensive unit: what costs nothing to spare is still not spared for nothing

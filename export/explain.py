@@ -23,6 +23,7 @@ from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.network import Kernel, Network, Tensor, read_network
 from fusepress.targets.predict import (
+    STEM_CHANNELS,
     Prediction,
     Times,
     Work,
@@ -41,7 +42,6 @@ FindingKind = Literal[
 LEAST_SHARE = 0.002  # of the latency that a mended fault must win, else it is not worth a line
 LARGE_SHARE = 0.05  # of the latency that memory-bound kernels and launch-bound tails must take
 FEWEST_LAUNCHES = 4
-STEM_CHANNELS = 4  # inputs like images have kernels of their own
 NARROWER: dict[Precision, Precision] = {"fp32": "fp16", "fp16": "int8"}
 ADVICE: dict[FindingKind, str] = {
     "reformat": "give the layers on both sides one precision, or move the border to where a kernel computes",

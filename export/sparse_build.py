@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusepress.export.engine import EngineInfo
-from fusepress.export.inspector import EngineLayer
+from fusepress.export.inspector import UNKNOWN, EngineLayer
 from fusepress.export.sparsity import SparsityReport
 from fusepress.targets.measure import Speedup
 
 Decision = Literal["kept", "not kept", "unproven"]
-UNKNOWN = "unknown"
 METRIC_TOLERANCE = 1e-3  # relative; both engines compute the same weights, in another order
 _ELIGIBLE = re.compile(r"\(Sparsity\)[^\n]*eligible[^\n:]*:[ \t]*(?P<names>[^\n]*)", re.IGNORECASE)
 _PICKED = re.compile(r"\(Sparsity\)[^\n]*picked[^\n]*sparse[^\n:]*:[ \t]*(?P<names>[^\n]*)", re.IGNORECASE)
