@@ -326,7 +326,8 @@ def _bench_script(
 # the latency is judged in this power mode: the device's is recorded here and never changed
 mode={shlex.quote(mode)}
 {{ nvpmodel -q 2>&1 || true; jetson_clocks --show 2>&1 || true; date -u; }} > device.txt
-grep -qF -- "$mode" device.txt || echo "expected power mode $mode; see device.txt; set it with nvpmodel -m ID" >&2
+told=$(sed -n '/NV Power Mode:/{{s/.*NV Power Mode: *//;s/^MODE_//;s/[[:space:]]*$//;p;q;}}' device.txt)
+[ "$told" = "$mode" ] || echo "expected power mode $mode; got ${{told:-none}}; set it with nvpmodel -m ID" >&2
 """
     for _, plan, _ in plans:
         log = f"{Path(plan).stem}.bench.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,35 @@ def test_outputs_that_differ_and_other_versions_stop_the_scripts(model: Path, tm
     timed = _run(kit.path / "bench.sh", forced)
     assert timed.returncode == 1
     assert "expected at most 0.02; got 0.5" in timed.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "told"),
+    [
+        (
+            "MAXN",
+            "NV Power Mode: MAXN_SUPER\n2",
+            "expected power mode MAXN; got MAXN_SUPER; set it with nvpmodel",
+        ),
+        ("MAXN", "NV Fan Mode:quiet\nNV Power Mode: MAXN\n0", ""),
+        ("30W", "NV Power Mode: MODE_30W\n2", ""),
+        ("30W", "NV Power Mode: MODE_30W_ALL\n3", "expected power mode 30W; got 30W_ALL"),
+        ("15W", "NVPM ERROR: 15W is not a mode", "expected power mode 15W; got none"),
+    ],
+)
+def test_another_power_mode_is_told_whatever_its_name_begins_with(
+    model: Path, tmp_path: Path, mode: str, said: str, told: str
+) -> None:
+    write_build_kit(tmp_path / "kit", model, ORIN, power_mode=mode, precision="fp16")
+    device = _device(tmp_path, "100300", 1.0)
+    tool = tmp_path / "device" / "nvpmodel"
+    tool.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(said)}\n")
+    tool.chmod(0o755)
+    assert _run(tmp_path / "kit" / "build.sh", device).returncode == 0
+    timed = _run(tmp_path / "kit" / "bench.sh", {**device, "PATH": f"{tool.parent}:{device['PATH']}"})
+    assert timed.returncode == 0, timed.stderr
+    assert told in timed.stderr
+    assert ("expected power mode" in timed.stderr) == bool(told)
 
 
 def test_names_and_modes_are_never_run_as_commands(tmp_path: Path) -> None:
