@@ -1,14 +1,12 @@
 """The build kit: what a Jetson or DRIVE computer needs to build the engine, time it and check it, by itself.
 
 Engines are not portable across platforms, so none is built here. The commands are those of trtexec for the named
-TensorRT version: its defaults changed between 10 and 11, so that the same line would measure something else. Source:
-samples/common/sampleOptions.cpp of NVIDIA/TensorRT at release/8.5, release/10.3 and 11.1.
+TensorRT version.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 import uuid
@@ -23,6 +21,7 @@ from fusepress.export.onnx import describe_onnx, load_onnx, opset_of
 from fusepress.pipeline.errors import ExportError
 from fusepress.pipeline.store import disk_error, sha256_file
 from fusepress.targets.profile import Profile
+from fusepress.targets.trtexec_command import tensorrt_version, trtexec_bench, trtexec_build, trtexec_profile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +111,7 @@ def write_build_kit(
         shutil.copyfile(onnx_path, aside / "model.onnx")
         if dense_onnx is not None:
             shutil.copyfile(dense_onnx, aside / "dense.onnx")
-        listed = _write_references(aside, references, onnx_path, major=_version(version)[0])
+        listed = _write_references(aside, references, onnx_path, major=tensorrt_version(version)[0])
         plans = _plans(sparse=sparse, dense=dense_onnx is not None)
         notes = _notes(profile, version, sparse=sparse)
         texts = {
@@ -146,63 +145,8 @@ def write_build_kit(
     return kit
 
 
-def trtexec_build(onnx: str, plan: str, version: str, precision: str, *, sparse: bool) -> list[str]:
-    """The trtexec arguments that build an engine on a TensorRT version."""
-    major = _version(version)[0]
-    arguments = [f"--onnx={onnx}", f"--saveEngine={plan}"]
-    if major < 10:  # no strong typing: the flags allow precisions and the builder chooses among them
-        arguments += {"fp32": [], "fp16": ["--fp16"], "int8": ["--fp16", "--int8"], "fp8": []}[precision]
-    elif major == 10:
-        arguments += ["--stronglyTyped", "--skipInference"]
-    else:
-        arguments += ["--skipInference"]
-    arguments += [
-        f"--sparsity={'enable' if sparse else 'disable'}",
-        "--timingCacheFile=timing.cache",
-        "--memPoolSize=workspace:2048",
-        "--profilingVerbosity=detailed",
-        f"--exportLayerInfo={Path(plan).stem}.layers.json",
-        "--verbose",
-    ]
-    return arguments
-
-
-def trtexec_bench(plan: str, version: str) -> list[str]:
-    """The trtexec arguments that time an engine: compute time with a CUDA graph, without copies, on any version."""
-    modern = _version(version)[0] >= 11  # there these are the defaults
-    stem = Path(plan).stem
-    return [
-        f"--loadEngine={plan}",
-        *([] if modern else ["--useCudaGraph", "--noDataTransfers", "--useSpinWait", "--separateProfileRun"]),
-        "--warmUp=2000",
-        "--duration=10",
-        "--iterations=1000",
-        "--avgRuns=100",
-        "--percentile=50,90,95,99",
-        f"--exportTimes={stem}.times.json",
-    ]
-
-
-def trtexec_profile(plan: str) -> list[str]:
-    """The trtexec arguments that time every layer of an engine, in a run apart: a profiler slows the whole down."""
-    return [
-        f"--loadEngine={plan}",
-        "--dumpProfile",
-        "--separateProfileRun",
-        "--iterations=200",
-        f"--exportProfile={Path(plan).stem}.profile.json",
-    ]
-
-
-def _version(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)\.(\d+)[\w.+-]*", text)  # it is written into scripts
-    if match is None:
-        raise ExportError(f"expected a TensorRT version such as 10.3; got {text!r}; see `dpkg -l | grep nvinfer` there")
-    return int(match.group(1)), int(match.group(2))
-
-
 def _check_opset(opset: int, version: str, path: Path) -> None:
-    limit = next(limit for last, limit in OPSET_LIMITS if _version(version) <= last)
+    limit = next(limit for last, limit in OPSET_LIMITS if tensorrt_version(version) <= last)
     if opset > limit:
         raise ExportError(
             f"expected at most operator set {limit}, which TensorRT {version} reads; got {opset} at {path}; "
@@ -258,7 +202,7 @@ def _reference_array(name: str, array: Array, shape: tuple[int, ...], major: int
 
 def _notes(profile: Profile, version: str, *, sparse: bool) -> tuple[str, ...]:
     notes = [f"No engine was built, and nothing here ran on {profile.name}."]
-    if _version(version)[0] < 10:
+    if tensorrt_version(version)[0] < 10:
         notes.append(
             f"TensorRT {version} has no strong typing: --fp16 and --int8 allow these precisions beside the Q/DQ of the "
             "file, and the builder then chooses. Not tried."
@@ -290,7 +234,7 @@ esac
 
 
 def _head(what: str, version: str) -> str:
-    major = _version(version)[0]
+    major = tensorrt_version(version)[0]
     # the banner writes 8.5.2 as v8502, 10.3.0 as v100300
     pattern = f"{major}[0-9][0-9][0-9]" if major < 10 else f"{major}[0-9][0-9][0-9][0-9]"
     return _HEAD.format(what=what, version=version, major=major, pattern=pattern)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from fusepress.export.bundle import BuildKit, trtexec_bench, trtexec_build, write_build_kit
+from fusepress.export.bundle import BuildKit, write_build_kit
 from fusepress.export.onnx import export_onnx
 from fusepress.export.runtime import OnnxSession
 from fusepress.pipeline.errors import ExportError
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.profile import load_profile
+from fusepress.targets.trtexec_command import trtexec_bench, trtexec_build
 from tests.export_toys import inputs, two_branch
 from tests.onnx_graphs import Graph
 
