@@ -18,6 +18,7 @@ Precision = Literal["fp32", "fp16", "int8", "fp8"]
 TrainingFormat = Literal["auto", "fp32", "bf16", "fp16"]
 LoggerName = Literal["tensorboard", "mlflow"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+EVERY_STRATUM = "*"
 
 
 def _number_or_auto(value: Any) -> Any:
@@ -446,13 +447,45 @@ class RobustnessGate(Section):
     severity: Literal[1, 2, 3] = 3
 
 
+def floor_parts(name: str) -> tuple[str, str | None]:
+    """Metric and stratum of a floor: ("miou", "night") of `miou@night`, ("miou", None) of `miou`."""
+    metric, separator, label = name.partition("@")
+    return metric, label if separator else None
+
+
+class ReleaseGate(Section):
+    """What may be lost against a stored release.
+
+    Attributes:
+        file: the release's figures, which `fusepress gate RUN --update-baseline` writes; beside the recipe.
+        max_drop: metric -> largest allowed drop.
+        max_slowdown: largest allowed relative rise of the mean latency: 0.05 is 5 %.
+    """
+
+    file: str
+    max_drop: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    max_slowdown: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> ReleaseGate:
+        if not self.max_drop and self.max_slowdown is None:
+            raise ValueError("expected `max_drop: {METRIC: LIMIT}` or `max_slowdown`; give a limit")
+        return self
+
+
 class GatesConfig(Section):
-    """All gates; a missing number fails its gate."""
+    """All gates; a missing number fails its gate.
+
+    Attributes:
+        floors: metric, metric@stratum (`strata` of the task) or metric@* (each stratum) -> least allowed value (largest
+            where less is better).
+    """
 
     accuracy: AccuracyGate | None = None
     latency: LatencyGate | None = None
     floors: dict[str, float] = Field(default_factory=dict)
     robustness: dict[str, RobustnessGate] = Field(default_factory=dict)
+    release: ReleaseGate | None = None
 
 
 class Recipe(Section):
