@@ -1,4 +1,4 @@
-"""Latency measured on this machine: warm-up until stationary, intervals that respect correlation, the environment.
+"""Latency measured on this machine: warm-up until stationary, runs in turns, arrivals at a constant rate, the state.
 
 Whatever runs is a callable without arguments; what it runs on (ONNX Runtime, an engine) is the caller's business.
 """
@@ -12,81 +12,45 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusepress.pipeline.errors import FusepressError, MeasureError
 from fusepress.targets.host import HostPeak, host_description, host_profile_peak, usable_cores
+from fusepress.targets.host_state import read_state, state_change
+from fusepress.targets.latency import (
+    FEWEST_RUNS,
+    Array,
+    LatencyMeasurement,
+    Speedup,
+    correlation_time,
+    speedup_of,
+    summarize,
+)
 
 __all__ = [
+    "ArrivalMeasurement",
     "HostPeak",
     "InterleavedMeasurement",
     "LatencyMeasurement",
     "Speedup",
     "host_description",
     "host_profile_peak",
+    "measure_arrivals",
     "measure_interleaved",
     "measure_latency",
+    "speedup_of",
     "summarize",
     "usable_cores",
 ]
 
-Array = npt.NDArray[np.float64]
 Run = Callable[[], object]
 Clock = Callable[[], int]
 
-REPLICATES = 1000
 WARMUP_BLOCK = 8
 WARMUP_TOLERANCE = 0.03
-STABLE_COV = 0.10
-STABLE_DRIFT = 0.05
-FEWEST_RUNS = 5
 OVERTIME = 5  # min_runs may stretch max_seconds by this
-MAX_RUNS = 5000
-P99_SAMPLES = 299  # 0.99^299 < 5 %: fewer independent runs may all lie below the 99th percentile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencyMeasurement:
-    """Latency of one callable, milliseconds, with 95 % intervals.
-
-    Attributes:
-        p99_high_ms: None where too few independent runs bound it (fewer than 299).
-        n: timed runs; `n_independent` of them after discounting their correlation.
-        cov: standard deviation over mean.
-        stable: the warm-up settled, `cov` is at most 10 % and the halves' medians differ by at most 5 %.
-        environment: what else the numbers depend on.
-        samples_ms: every run in order.
-    """
-
-    mean_ms: float
-    mean_low_ms: float
-    mean_high_ms: float
-    p50_ms: float
-    p50_low_ms: float
-    p50_high_ms: float
-    p99_ms: float
-    p99_low_ms: float
-    p99_high_ms: float | None
-    n: int
-    n_independent: float
-    cov: float
-    drift: float
-    stable: bool
-    warmup_runs: int
-    environment: Mapping[str, Any]
-    samples_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speedup:
-    """How many times faster, from means over the same rounds, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+MAX_RUNS = 8000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +60,7 @@ class InterleavedMeasurement:
     runs: Mapping[str, LatencyMeasurement]
 
     def speedup(self, base: str, new: str) -> Speedup:
-        """Mean latency of `base` over that of `new`; blocks of rounds are resampled for both together.
+        """Mean latency of `base` over that of `new`, with an interval in which what both met cancels.
 
         Raises:
             MeasureError: a name that was not measured.
@@ -105,12 +69,7 @@ class InterleavedMeasurement:
             if name not in self.runs:
                 known = ", ".join(self.runs)
                 raise MeasureError(f"expected a measured run, one of {known}; got {name!r}; use one of these")
-        pair = np.stack([self.runs[base].samples_ms, self.runs[new].samples_ms])
-        block = max(_block_length(row) for row in pair)
-        means = np.concatenate([pair[:, index].mean(axis=-1) for index in _resamples(pair.shape[1], block)], axis=1)
-        low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
-        value = float(pair[0].mean() / pair[1].mean())
-        return Speedup(value=value, low=float(low), high=float(high))
+        return speedup_of(self.runs[base].samples_ms, self.runs[new].samples_ms)
 
 
 def measure_latency(
@@ -159,11 +118,16 @@ def measure_interleaved(
     """
     _check_limits(runs, min_runs, max_seconds)
     limit = max_seconds / 4 if max_warmup_seconds is None else max_warmup_seconds
-    before = host_description()
+    description = host_description()
     with _quiet_garbage():
         warmups = {name: _warm_up(name, run, limit / len(runs), clock) for name, run in runs.items()}
+        before = read_state()
         samples = _record(runs, min_runs, max_seconds, clock)
-    environment = before | {"load_average_after": host_description()["load_average"]}
+        after = read_state()
+    # an inference's energy is the package's over all of them, so that it is told only where one callable is measured
+    inferences = len(next(iter(samples.values()))) if len(runs) == 1 else 0
+    environment = description | {"load_average_after": host_description()["load_average"]}
+    environment |= state_change(before, after, runs=inferences)
     measured = {
         name: summarize(samples[name], warmup_runs=warmups[name][0], settled=warmups[name][1], environment=environment)
         for name in runs
@@ -241,107 +205,101 @@ def _record(runs: Mapping[str, Run], min_runs: int, max_seconds: float, clock: C
     return {name: np.asarray(values) for name, values in samples.items()}
 
 
-def summarize(
-    samples_ms: npt.ArrayLike,
-    *,
-    warmup_runs: int = 0,
-    settled: bool = True,
-    environment: Mapping[str, Any] | None = None,
-) -> LatencyMeasurement:
-    """Statistics of recorded runs in their order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalMeasurement:
+    """Latency when work arrives at a constant rate, from its arrival to its end: what waits for the one before counts.
 
-    Intervals are quantiles of a circular block bootstrap (1,000 resamples, fixed seed), with blocks as long as runs
-    stay correlated. A bootstrap never looks above the largest run, so the upper bound of p99 is also at least the order
-    statistic that a binomial count of independent runs gives, and absent below 299 of them.
+    Attributes:
+        rate_hz: arrivals a second.
+        latency: with its intervals, as everywhere.
+        deadline_ms: None where none was given.
+        missed: part of the arrivals that ended after the deadline, with its 95 % interval (exact binomial over the
+            independent ones).
+        kept_up: the queue did not grow: work ended as fast as it came.
+    """
+
+    rate_hz: float
+    latency: LatencyMeasurement
+    deadline_ms: float | None
+    missed: tuple[float, float, float] | None
+    kept_up: bool
+
+
+def measure_arrivals(
+    run: Run,
+    rate_hz: float,
+    *,
+    deadline_ms: float | None = None,
+    max_seconds: float = 10.0,
+    clock: Clock = time.perf_counter_ns,
+    sleep: Callable[[float], None] = time.sleep,
+) -> ArrivalMeasurement:
+    """Measure under arrivals at a constant rate (MLPerf's ConstantStream), one after the other on one worker.
+
+    Args:
+        run: one inference.
+        rate_hz: arrivals a second, such as a sensor's frame rate.
+        deadline_ms: when an arrival's result is of no use any more.
+        max_seconds: how long work arrives.
+        clock: monotonic nanoseconds.
+        sleep: waits for seconds.
 
     Raises:
-        MeasureError: fewer than five runs, or a time that is not finite and positive.
+        MeasureError: a rate or a deadline that is not positive, too few arrivals, or a callable that fails.
     """
-    samples = np.asarray(samples_ms, dtype=np.float64)
-    if samples.ndim != 1 or samples.size < FEWEST_RUNS:
-        raise MeasureError(f"expected at least {FEWEST_RUNS} runs; got {samples.size}; measure longer")
-    if not np.all(np.isfinite(samples)) or np.any(samples < 0) or samples.mean() <= 0:
-        raise MeasureError(f"expected finite, positive times; got {samples.min()} to {samples.max()} ms; measure again")
-    independent = samples.size / _correlation_time(samples)
-    means, medians, tails = _bootstrap(samples)
-    half = samples.size // 2
-    first, second = np.median(samples[:half]), np.median(samples[half:])
-    drift = float(abs(second - first) / max(first, second, 1e-12))
-    cov = float(samples.std(ddof=1) / samples.mean())
-    return LatencyMeasurement(
-        mean_ms=float(samples.mean()),
-        mean_low_ms=float(np.quantile(means, 0.025)),
-        mean_high_ms=float(np.quantile(means, 0.975)),
-        p50_ms=float(np.median(samples)),
-        p50_low_ms=float(np.quantile(medians, 0.025)),
-        p50_high_ms=float(np.quantile(medians, 0.975)),
-        p99_ms=float(np.quantile(samples, 0.99)),
-        p99_low_ms=float(np.quantile(tails, 0.025)),
-        p99_high_ms=_p99_upper(samples, tails, independent),
-        n=int(samples.size),
-        n_independent=float(independent),
-        cov=cov,
-        drift=drift,
-        stable=settled and cov <= STABLE_COV and drift <= STABLE_DRIFT,
-        warmup_runs=warmup_runs,
-        environment=dict(environment or {}),
-        samples_ms=tuple(map(float, samples)),
+    for name, value in (("rate_hz", rate_hz), ("deadline_ms", 1.0 if deadline_ms is None else deadline_ms)):
+        if not (math.isfinite(value) and value > 0):
+            raise MeasureError(f"expected {name} above 0; got {value}; raise it")
+    count = int(rate_hz * max_seconds)
+    if count < FEWEST_RUNS:
+        raise MeasureError(
+            f"expected at least {FEWEST_RUNS} arrivals; got {count} at {rate_hz:g} Hz within {max_seconds:g} s; "
+            "measure longer"
+        )
+    with _quiet_garbage():
+        warmup, settled = _warm_up("run", run, max_seconds / 4, clock)
+        latencies = _serve(run, rate_hz, min(count, MAX_RUNS), clock, sleep)
+    latency = summarize(latencies, warmup_runs=warmup, settled=settled, environment=host_description())
+    late = None if deadline_ms is None else latencies > deadline_ms
+    return ArrivalMeasurement(
+        rate_hz=rate_hz,
+        latency=latency,
+        deadline_ms=deadline_ms,
+        missed=None if late is None else _share(late.astype(np.float64)),
+        kept_up=_kept_up(latencies, 1e3 / rate_hz),
     )
 
 
-def _correlation_time(samples: Array) -> float:
-    """How many runs carry the information of one: 1 + 2 x the autocorrelations up to the first that is not positive."""
-    centred = samples - samples.mean()
-    power = float(centred @ centred)
-    if power <= 0:
-        return 1.0
-    total = 1.0
-    for lag in range(1, min(len(samples) // 4, 200) + 1):
-        rho = float(centred[:-lag] @ centred[lag:]) / power
-        if rho <= 2 / math.sqrt(len(samples)):  # not told from noise
-            break
-        total += 2 * rho
-    return total
+def _serve(run: Run, rate_hz: float, count: int, clock: Clock, sleep: Callable[[float], None]) -> Array:
+    """Milliseconds from each arrival to its end [count]."""
+    period_ns = 1e9 / rate_hz
+    start = clock()
+    latencies = np.empty(count)
+    for index in range(count):
+        arrival = start + index * period_ns
+        wait = (arrival - clock()) * 1e-9
+        if wait > 0:
+            sleep(wait)
+        while clock() < arrival:  # sleep may end early
+            pass
+        _timed("run", run, clock)
+        latencies[index] = (clock() - arrival) * 1e-6
+    return latencies
 
 
-def _block_length(samples: Array) -> int:
-    """Long enough to carry the correlation, short enough to leave many blocks."""
-    n = len(samples)
-    wanted = max(n ** (1 / 3), 2 * _correlation_time(samples))
-    return int(min(max(1, math.ceil(wanted)), max(1, n // 4)))
+def _kept_up(latencies: Array, period_ms: float) -> bool:
+    """Whether the last tenth waits no more than a period longer than the first tenth."""
+    tenth = max(1, latencies.size // 10)
+    return bool(np.median(latencies[-tenth:]) - np.median(latencies[:tenth]) <= period_ms)
 
 
-def _resamples(n: int, block: int) -> Iterator[npt.NDArray[np.intp]]:
-    """Index arrays [replicates of the chunk, n] of circular block resamples, 1,000 in all."""
-    random = np.random.default_rng(0)
-    blocks = -(-n // block)
-    chunk = max(1, min(REPLICATES, 2_000_000 // n))
-    for first in range(0, REPLICATES, chunk):
-        count = min(chunk, REPLICATES - first)
-        starts = random.integers(0, n, size=(count, blocks, 1))
-        yield ((starts + np.arange(block)) % n).reshape(count, -1)[:, :n]
+def _share(late: Array) -> tuple[float, float, float]:
+    """Part of ones and its exact binomial interval, over as many as are independent."""
+    from scipy.stats import beta
 
-
-def _bootstrap(samples: Array) -> tuple[Array, Array, Array]:
-    """Replicates of mean, median and 99th percentile."""
-    parts: list[tuple[Array, Array, Array]] = []
-    for index in _resamples(samples.size, _block_length(samples)):
-        drawn = samples[index]
-        middle, tail = np.quantile(drawn, [0.5, 0.99], axis=1)
-        parts.append((drawn.mean(axis=1), middle, tail))
-    means, medians, tails = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return means, medians, tails
-
-
-def _p99_upper(samples: Array, tails: Array, independent: float) -> float | None:
-    """Upper 95 % bound of the 99th percentile, None where so few independent runs give none."""
-    from scipy.stats import binom
-
-    if independent < P99_SAMPLES:
-        return None
-    count = int(independent)
-    # the smallest rank with P(at least that many runs below the percentile) <= 5 %
-    rank = int(binom.ppf(0.95, count, 0.99)) + 1
-    share = min(rank, count) / count
-    by_order = float(np.quantile(samples, share, method="higher"))
-    return max(by_order, float(np.quantile(tails, 0.975)))
+    share = float(late.mean())
+    n = late.size / max(correlation_time(late), 1.0)
+    hits = share * n
+    low = float(beta.ppf(0.025, hits, n - hits + 1)) if hits > 0 else 0.0
+    high = float(beta.ppf(0.975, hits + 1, n - hits)) if hits < n else 1.0
+    return share, low, high
