@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusepress.pipeline.graph.plan import Group, Member
 from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.scoring import selection
 from fusepress.pipeline.scoring.criteria import score_channels, score_weights
 from fusepress.pipeline.scoring.curvature import PRODUCT_PASSES, Curvature, hessian_product
 from fusepress.pipeline.scoring.gradients import Passes
+from fusepress.pipeline.scoring.substitute import Substitution
 from fusepress.pipeline.task import Batch, LoadedTask
 from tests.scoring_toys import ConvToy, NoSecond, ToyGraph, loaded, squared_error
 
@@ -113,20 +115,41 @@ def test_live_copies_are_counted_while_they_live() -> None:
 @pytest.mark.parametrize(
     ("changes", "channels", "weights"),
     [
-        ({"method": "snip"}, 1, 2),  # of weights, the result and its sorted copy for the log
+        ({"method": "snip"}, 1, 1),
         ({"method": "taylor"}, 1, 2),
-        ({"method": "altermoma", "beta": 0.0}, 1, 2),
+        ({"method": "altermoma", "beta": 0.0}, 1, 1),
         ({"method": "prospr"}, 2, 2),
-        ({"method": "grasp"}, 2, 3),
+        ({"method": "grasp"}, 2, 2),
+        ({"method": "imp", "rounds": 2}, 1, 2.5),  # theta, a score a weight, and in bytes masks and round numbers
+        ({"method": "synflow", "rounds": 3}, 0.7, 1.7),
         ({"method": "altermoma", "beta": 1.0}, 4 / 3, 8 / 3),  # a masked third has nothing; the fusion's first half
     ],
-    ids=["snip", "taylor", "altermoma without redundancy", "prospr", "grasp", "altermoma"],
+    ids=["snip", "taylor", "altermoma without redundancy", "prospr", "grasp", "imp", "synflow", "altermoma"],
 )
-def test_copies_of_the_parameters(changes: dict[str, Any], channels: float, weights: float) -> None:
+def test_copies_of_the_parameters(
+    changes: dict[str, Any], channels: float, weights: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "BLOCK", 128)  # as small beside this network as it is beside others
     model, task, graph = stacks()
     config = ScoreConfig.model_validate({"batches": 2, "reactivation_batches": 2, **changes})
     assert peak(model, lambda: score_channels(model, task, graph, config, seed=0)) == pytest.approx(channels, abs=0.3)
     assert peak(model, lambda: score_weights(model, task, config, seed=0)) == pytest.approx(weights, abs=0.3)
+
+
+def test_values_live_no_longer_than_an_operator() -> None:
+    """Eight layers, whose values in float64 would be sixteen layers' worth in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(8)))
+    names = {p: n for n, p in model.named_parameters()}
+    taken: list[str] = []
+    substitution = Substitution(names, lambda n: model.get_parameter(n).detach().double(), lambda n, _: taken.append(n))
+
+    def there_and_back() -> None:
+        with substitution:
+            model(torch.ones(3, 32, dtype=torch.float64)).sum().backward()
+
+    assert peak(model, there_and_back) <= 3 * 2 / 8  # a value, a gradient, and one that goes, of one layer
+    assert taken == [f"{index}.weight" for index in range(7, -1, -1)]
 
 
 @pytest.mark.parametrize("curvature", ["exact", "difference"])

@@ -229,7 +229,7 @@ class MaskHolder:
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self.masks = {name: masks[name].to(torch.bool) for name in sorted(masks)}
-        self._dropped: dict[tuple[str, torch.device], Tensor] = {}
+        self._elsewhere: dict[tuple[str, torch.device], Tensor] = {}
 
     def apply(self, model: nn.Module) -> None:
         """Set every masked weight to exactly zero, in place.
@@ -280,7 +280,10 @@ class MaskHolder:
             yield name, parameter
 
     def _drop(self, name: str, device: torch.device) -> Tensor:
-        key = (name, device)
-        if key not in self._dropped:
-            self._dropped[key] = ~self.masks[name].to(device)
-        return self._dropped[key]
+        """True = dropped: made every time, for what is held would be as large as the masks."""
+        mask = self.masks[name]
+        if mask.device != device:
+            if (name, device) not in self._elsewhere:
+                self._elsewhere[name, device] = mask.to(device)
+            mask = self._elsewhere[name, device]
+        return ~mask

@@ -66,6 +66,7 @@ from fusepress.pipeline.scoring.masking import (
 )
 from fusepress.pipeline.scoring.redundancy import resolve_beta
 from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.scoring.selection import kth_smallest
 from fusepress.pipeline.task import Batch, LoadedTask
 
 KEPT_AT = (0.75, 0.5, 0.25)  # kept fractions at which the log shows each branch's share
@@ -590,16 +591,13 @@ def branch_statistics(scores: Mapping[str, Tensor], branch_of: Mapping[str, str]
 
 
 def _kept_of_keys(flat: Mapping[str, Tensor]) -> dict[float, dict[str, int]]:
-    """For each of KEPT_AT, how many of each key are among the highest of all; ties go to the earlier key.
-
-    Sorts one copy in place: scores of single weights are as many as the parameters, and ranks of them twice as large.
-    """
-    ordered = torch.cat(list(flat.values())).cpu().numpy()
-    ordered.sort()
+    """For each of KEPT_AT, how many of each key are among the highest of all; ties go to the earlier key."""
+    parts = list(flat.values())
+    total = sum(part.numel() for part in parts)
     found: dict[float, dict[str, int]] = {}
     for fraction in KEPT_AT:
-        count = round(fraction * len(ordered))
-        limit = float(ordered[len(ordered) - count]) if count else math.inf
+        count = round(fraction * total)
+        limit = kth_smallest(parts, total - count) if count else math.inf
         above = {key: int((value > limit).sum()) for key, value in flat.items()}
         spare = count - sum(above.values())
         for key, value in flat.items():

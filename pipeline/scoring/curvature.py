@@ -11,11 +11,13 @@ a street (its first layers have no gradient by their input). Two gradients are t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fusepress.pipeline.distributed import gather_objects, rank, world
 from fusepress.pipeline.scoring.gradients import Passes, accumulate_gradients, batch_loss, mean_gradients, totals_of
@@ -23,6 +25,7 @@ from fusepress.pipeline.task import Batch, LoadedTask
 
 Curvature = Literal["exact", "difference"]
 NO_SECOND = ("derivative for", "not implemented", "differentiate twice")  # what torch says of such operators
+VIEWS = {"TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsqueezeBackward0"}
 PRODUCT_PASSES: dict[Curvature, int] = {"exact": 3, "difference": 2}  # of every batch; see the module's text
 
 
@@ -39,10 +42,9 @@ def hessian_product(
 ) -> Curvature:
     """Leave in every parameter's `grad` H v, H the Hessian of the mean loss over all samples of the batches.
 
-    exact differentiates the gradient and holds, beside v and the result, one copy of the parameters: first the
-    gradient, then those parts of H v that wait for their other half. Where `take` takes the batches' parts of H v one
-    by one, there is no result to hold. difference is
-    (g(theta + e v) - g(theta - e v)) / 2e, and holds theta beside v and the result; it feels kinks (ReLU) within e.
+    exact differentiates the gradient and holds v and the result. Where `take` takes the batches' parts of H v one by
+    one, the result is that of a batch. difference is (g(theta + e v) - g(theta - e v)) / 2e, and holds theta beside v
+    and the result; it feels kinks (ReLU) within e.
 
     Args:
         model: in evaluation mode, parameters taking gradients; its values come back bit-identical.
@@ -119,16 +121,75 @@ def _double_backward(
 def _backward_through_gradient(
     loss: Tensor, chosen: Sequence[nn.Parameter], vector: Mapping[nn.Parameter, Tensor]
 ) -> None:
-    gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
-    starts = [
-        (get_gradient_edge(gradient), vector[parameter])
-        for parameter, gradient in zip(chosen, gradients, strict=True)
-        if gradient is not None and gradient.requires_grad
-    ]
-    del gradients  # what follows needs their graph only
+    """Add the batch's part of H v to `grad`.
+
+    Of the gradient only its graph is needed, so every parameter's part of it is dropped as soon as it is there.
+    """
+    starts: list[tuple[Any, Tensor]] = []
+
+    def keep_graph(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        if gradient.requires_grad:
+            starts.append((get_gradient_edge(gradient), vector[parameter]))
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    handles = [parameter.register_hook(partial(keep_graph, parameter)) for parameter in chosen]
+    try:
+        torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     if starts:  # a loss that is linear in everything has no curvature
         edges, vectors = zip(*starts, strict=True)
+        _deliver_at_once([edge.node for edge in edges], set(chosen))
         torch.autograd.backward(edges, vectors)
+
+
+def _deliver_at_once(roots: Sequence[Node], chosen: AbstractSet[Tensor]) -> None:
+    """Have every part of a parameter's gradient added to `grad` as soon as a node makes it.
+
+    Backward through a gradient reaches every parameter twice or more, first on the way up, from what made the gradient,
+    then on the way down, from the forward pass; torch holds what came first until the last is there, which is a copy of
+    all parameters between the ways. Sums are the same, but for their order.
+    """
+    seen, pending = set(roots), list(roots)
+    while pending:
+        node = pending.pop()
+        places = {}
+        for index, (successor, _) in enumerate(node.next_functions):
+            if successor is None:
+                continue
+            way = _way_to_parameter(successor)
+            if way is not None and way[-1].variable in chosen:
+                places[index] = way
+            elif successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+        if places:
+            node.register_hook(partial(_deliver, places))
+
+
+def _way_to_parameter(node: Any) -> list[Any] | None:
+    """The nodes from this one to a parameter where it is, or is a view of, a parameter."""
+    way = [node]
+    while not hasattr(way[-1], "variable"):
+        if way[-1].name() not in VIEWS or len(way[-1].next_functions) != 1 or way[-1].next_functions[0][0] is None:
+            return None
+        way.append(way[-1].next_functions[0][0])
+    return way
+
+
+@torch.no_grad()
+def _deliver(
+    places: Mapping[int, Sequence[Any]], parts: tuple[Tensor | None, ...], _outputs: Any
+) -> tuple[Tensor | None, ...]:
+    for index, way in places.items():
+        part, parameter = parts[index], way[-1].variable
+        if part is None:
+            continue
+        for node in way[:-1]:
+            part = node(part)
+        parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+    return tuple(None if index in places else part for index, part in enumerate(parts))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,10 +176,14 @@ def accumulate_gradients(model: nn.Module, backward: Callable[[int], None], own:
 def _check_finite_gradients(model: nn.Module, where: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            raise TrainingError(
-                f"expected finite gradients; got NaN or infinity at {name} ({where}); guard divisions and square roots "
-                "against zero features (x / (norm + eps)), or use score.method: magnitude"
-            )
+            raise _gradient_error(name, where)
+
+
+def _gradient_error(name: str, where: str) -> TrainingError:
+    return TrainingError(
+        f"expected finite gradients; got NaN or infinity at {name} ({where}); guard divisions and square roots "
+        "against zero features (x / (norm + eps)), or use score.method: magnitude"
+    )
 
 
 def reactivate(
@@ -193,6 +197,7 @@ def reactivate(
     lr: float,
     where: str,
     after_step: Callable[[], None] | None = None,
+    at_once: bool = False,
 ) -> int:
     """Train the given parameters, one step a batch, with a fresh optimiser that nobody keeps.
 
@@ -201,12 +206,18 @@ def reactivate(
     Plain SGD is what the derivation of AlterMOMA uses (eq. 16): no momentum, no decay. `after_step` is called after
     every step (to hold masks, to note the way).
 
+    With `at_once`, SGD takes its step on every parameter as soon as its gradient is complete, on the way back, and no
+    two gradients have to live at a time; the values are the same. A model that also uses a parameter detached from the
+    graph cannot be trained so.
+
     Returns:
         The number of steps.
 
     Raises:
-        TrainingError: a loss, or a gradient before the first step, is NaN or infinite.
+        TrainingError: a loss, or a gradient before the first step, is NaN or infinite; `at_once` does not go.
     """
+    if at_once and optimizer == "sgd":
+        return _descend_at_once(model, task, parameters, batches, passes, lr=lr, where=where, after_step=after_step)
     stepper: Any = (torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam)(parameters, lr=lr)
     steps = 0
     for index, batch in enumerate(batches):
@@ -221,6 +232,53 @@ def reactivate(
         steps += 1
         passes.step(where)
     broadcast_(parameters)  # processors of other kinds round in other ways
+    return steps
+
+
+def _descend_at_once(
+    model: nn.Module,
+    task: LoadedTask,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    passes: Passes,
+    *,
+    lr: float,
+    where: str,
+    after_step: Callable[[], None] | None,
+) -> int:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    steps = 0
+
+    @torch.no_grad()
+    def descend(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if not steps and not bool(gradient.isfinite().all()):
+            raise _gradient_error(names[cast("nn.Parameter", parameter)], f"reactivation step 0 ({where})")
+        parameter.add_(gradient, alpha=-lr)
+
+    hooks = [parameter.register_post_accumulate_grad_hook(descend) for parameter in parameters]
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            loss = batch_loss(model, task, batch, f"reactivation step {steps} ({where})")
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"expected every use of a parameter to be in the graph; got one that is detached ({where}), which "
+                    "a step on the way back would change; use score.reactivation_optimizer: adam, which steps after it"
+                ) from error
+            if after_step is not None:
+                after_step()
+            steps += 1
+            passes.step(where)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    broadcast_(parameters)
     return steps
 
 

@@ -80,7 +80,7 @@ def grasp_weights(
     progress: Progress = silent,
     curvature: Curvature = "exact",
 ) -> WeightResult:
-    """GraSP of single weights; see `score_grasp`. Holds one copy of the parameters more: H g over all batches."""
+    """GraSP of single weights; see `score_grasp`. Holds g and H g over all batches."""
     names = weight_branches(model, task)
     with untouched(model, seed=seed, keep_values=False):
         log = _gradient_flow(model, task, config, seed, progress, curvature, None)

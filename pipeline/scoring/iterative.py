@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,8 +41,9 @@ from fusepress.pipeline.scoring.common import (
 )
 from fusepress.pipeline.scoring.gradients import Passes, Progress, reactivate, silent
 from fusepress.pipeline.scoring.masking import Snapshot, untouched
-from fusepress.pipeline.scoring.norms import magnitude_weights, score_magnitude
+from fusepress.pipeline.scoring.norms import score_magnitude
 from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.scoring.selection import blocks_of, kth_smallest
 from fusepress.pipeline.task import LoadedTask
 
 CHANNELS_LEFT = 0.5  # alive in the last round; budgets of 25 to 40 % of the MACs keep 50 to 63 % of the channels
@@ -61,7 +62,7 @@ Training = Callable[[Snapshot], Train]  # what the model was before -> how to tr
 class Rounds:
     """Which units are alive, and the scores of those that went.
 
-    Holds one score a unit, which round it went in, and while it chooses a copy of the scores that may go.
+    Holds one score a unit, and in bytes whether it is alive and which round it went in.
 
     Attributes:
         least: key (a group or a parameter) -> how many units it has, and how many of them never go.
@@ -103,9 +104,11 @@ class Rounds:
             counts.append(int(alive.sum()))
             if number + 1 < self.rounds:
                 target = round(total * self.left ** ((number + 1) / (self.rounds - 1)))
-                drop = self._lowest(result, alive, counts[-1] - target)
-                alive &= ~drop
-                gone_in.masked_fill_(drop, number)
+                for drop, still, went in zip(
+                    self._lowest(result, alive, counts[-1] - target), blocks_of(alive), blocks_of(gone_in), strict=True
+                ):
+                    still &= ~drop
+                    went.masked_fill_(drop, number)
                 remove(on, number)
         return self._by_key(raise_later_rounds(result, gone_in, self.rounds)), counts
 
@@ -113,24 +116,35 @@ class Rounds:
         sizes = [size for size, _ in self.least.values()]
         return dict(zip(self.least, flat.split(sizes), strict=True))
 
-    def _lowest(self, scores: Tensor, alive: Tensor, count: int) -> Tensor:
-        """Which are the `count` lowest units that are alive and may go (fewer where fewer may), ties by position."""
+    def _lowest(self, scores: Tensor, alive: Tensor, count: int) -> Iterator[Tensor]:
+        """Which are the `count` lowest units that are alive and may go (fewer where fewer may), ties by position.
+
+        Yields:
+            Booleans, block by block; the caller may change `alive` in a block that it has.
+        """
+        free = self._free(scores, alive)
+        count = min(count, int(free.sum()))
+        limit = kth_smallest([scores], count - 1, [free]) if count > 0 else -math.inf
+        blocks = list(zip(blocks_of(scores), blocks_of(free), strict=True))
+        ties = count - sum(int((may & (part < limit)).sum()) for part, may in blocks)
+        for part, may in blocks:
+            equal = (may & (part == limit)).nonzero().flatten()[: max(0, ties)]
+            ties -= len(equal)
+            drop = may & (part < limit)
+            drop[equal] = True
+            yield drop
+
+    def _free(self, scores: Tensor, alive: Tensor) -> Tensor:
+        """Which may go: those that are alive, but the best of every key that never go."""
+        if not any(least for _, least in self.least.values()):
+            return alive
         free = alive.clone()
         for (_, least), part, on in zip(
             self.least.values(), self._by_key(scores).values(), self._by_key(free).values(), strict=True
         ):
             if least:
                 on[torch.where(on, part, -math.inf).argsort(descending=True, stable=True)[:least]] = False
-        count = min(count, int(free.sum()))
-        if count <= 0:
-            return torch.zeros_like(free)
-        candidates = scores[free].cpu().numpy()
-        candidates.partition(count - 1)  # in place: no copy of all scores
-        limit = float(candidates[count - 1])
-        drop = free & (scores < limit)
-        ties = (free & (scores == limit)).nonzero().flatten()
-        drop[ties[: count - int(drop.sum())]] = True
-        return drop
+        return free
 
 
 def raise_later_rounds(scores: Tensor, gone_in: Tensor, rounds: int) -> Tensor:
@@ -144,19 +158,30 @@ def raise_later_rounds(scores: Tensor, gone_in: Tensor, rounds: int) -> Tensor:
     Returns:
         The scores.
     """
+    blocks = list(zip(blocks_of(scores), blocks_of(gone_in), strict=True))  # no copy of all scores at a time
     top: float | None = None
     for number in range(rounds):
-        own = gone_in == number
-        values = scores[own]
-        if not values.numel():
+        own = [(part, went == number) for part, went in blocks]
+        low, high = _range(own)
+        if low > high:
             continue
         if top is not None:
-            margin = max(APART * max(abs(top), float(values.abs().max())), 1e-30)
-            lift = top + margin - float(values.min())
+            margin = max(APART * max(abs(top), abs(low), abs(high)), 1e-30)
+            lift = top + margin - low
             if lift > 0:
-                scores[own] = values.add_(lift)
-        top = float(values.max())
+                for part, chosen in own:
+                    part[chosen] = part[chosen].add_(lift)
+                _, high = _range(own)
+        top = high
     return scores
+
+
+def _range(chosen: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Lowest and highest of the chosen elements of all blocks; (inf, -inf) where there are none."""
+    extremes = [part[on].aminmax() for part, on in chosen if bool(on.any())]
+    return min((float(e.min) for e in extremes), default=math.inf), max(
+        (float(e.max) for e in extremes), default=-math.inf
+    )
 
 
 def score_in_rounds(
@@ -243,23 +268,40 @@ def weights_in_rounds(
     *,
     seed: int,
     progress: Progress = silent,
-    training: Training | None = None,
-    name: str | None = None,
 ) -> WeightResult:
     """Any weight method in `config.rounds` rounds, as for channels; layers may lose all their weights.
 
     Holds two copies of the parameters on top of the method's own, and in bytes one of masks and round numbers.
     """
+
+    def score(put: Put, part: Progress) -> dict[str, Any]:
+        scores, found = method(model, task, config, seed=seed, progress=part)
+        for key, value in scores.items():
+            put(key, value)
+        return found
+
+    return _weights_in_rounds(score, model, task, config, seed=seed, progress=progress)
+
+
+def _weights_in_rounds(
+    method: Callable[[Put, Progress], dict[str, Any]],
+    model: nn.Module,
+    task: LoadedTask,
+    config: ScoreConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    training: Training | None = None,
+    name: str | None = None,
+) -> WeightResult:
+    """`weights_in_rounds` of a method that puts its scores down one by one and returns its log."""
     values = weights_of(model, task)
     rounds = weight_rounds(values, config.rounds)
     log = _Log(rounds=config.rounds, progress=progress, trains=training is not None)
 
     def score(number: int, put: Put) -> None:
         _set_trainable(model, snapshot)
-        scores, found = method(model, task, config, seed=seed, progress=log.part(number, 0))
-        log.add(found)
-        for key, value in scores.items():
-            put(key, value)
+        log.add(method(put, log.part(number, 0)))
 
     def remove(alive: Mapping[str, Tensor], number: int) -> None:
         holder = MaskHolder({key: on.reshape(values[key].shape) for key, on in alive.items()})
@@ -329,11 +371,20 @@ def score_imp(
 def imp_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """Iterative magnitude pruning of single weights; see `score_imp`."""
+    """Iterative magnitude pruning of single weights; see `score_imp`.
+
+    Holds theta and a score a weight, and in bytes a copy of masks, round numbers and what the choice needs. The
+    gradients' copy is not held where SGD trains (Adam holds it, and two more of its own).
+    """
+
+    def score(put: Put, part: Progress) -> dict[str, Any]:
+        for key, value in weights_of(model, task).items():
+            put(key, value.abs())
+        part(1.0, "magnitude")
+        return {"method": "magnitude", "passes": 0, "seed": seed}
+
     training = masked_training(model, task, config, seed)
-    return weights_in_rounds(
-        magnitude_weights, model, task, config, seed=seed, progress=progress, training=training, name="imp"
-    )
+    return _weights_in_rounds(score, model, task, config, seed=seed, progress=progress, training=training, name="imp")
 
 
 def masked_training(model: nn.Module, task: LoadedTask, config: ScoreConfig, seed: int) -> Training:
@@ -355,6 +406,7 @@ def masked_training(model: nn.Module, task: LoadedTask, config: ScoreConfig, see
             lr=config.reactivation_lr,
             where=f"training after round {number + 1}",
             after_step=lambda: holder.apply(model),
+            at_once=True,
         )
         model.zero_grad(set_to_none=True)
         return done

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from fusepress.pipeline.scoring.common import (
 from fusepress.pipeline.scoring.gradients import Passes, Progress, silent
 from fusepress.pipeline.scoring.iterative import CHANNELS_LEFT, Put, Rounds, channel_masks, least_of, weight_rounds
 from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.scoring.substitute import Substitution
 from fusepress.pipeline.task import LoadedTask
 
 ROUNDS = 100
@@ -64,7 +66,7 @@ def score_synflow(
 ) -> ScoreResult:
     """SynFlow of channels: the share of the flow that passes the channel's gate, in rounds.
 
-    One pass of a single sample a round; holds the parameters once, in float64 (and the gradients in flight).
+    One pass of a single sample a round; holds |theta| dR/d|theta| in float64, two copies of the parameters.
     """
     groups = list(graph.groups)
     rounds = config.rounds if config.rounds > 1 else ROUNDS
@@ -102,7 +104,7 @@ def score_synflow(
 def synflow_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SynFlow of single weights: holds the parameters once in float64, and a score, a mask and a round a weight."""
+    """SynFlow of single weights: holds a score, a mask and a round a weight."""
     rounds = config.rounds if config.rounds > 1 else ROUNDS
     values = weights_of(model, task)
     flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
@@ -173,11 +175,18 @@ class Flow:
         Raises:
             StageError: the model cannot run in float64, or the flow is not finite.
         """
-        values = {name: self._absolute(name, p) for name, p in self.model.named_parameters() if p.is_floating_point()}
-        for name, value in values.items():
-            value.register_post_accumulate_grad_hook(_noting(name, note))
+        parameters = {p: name for name, p in self.model.named_parameters() if p.is_floating_point()}
+        absolute = {name: partial(self._absolute, name, p) for p, name in parameters.items()}
+        substitution = Substitution(
+            parameters, lambda name: absolute[name](), lambda name, slope: note(name, absolute[name](), slope)
+        )
+        with substitution:
+            self._pass(substitution)
+        self.passes.step("synflow")
+
+    def _pass(self, substitution: Substitution) -> None:
         try:
-            outputs = functional_call(self.model, {**values, **self._buffers()}, args=(), kwargs=self._inputs)
+            outputs = functional_call(self.model, self._buffers(), args=(), kwargs=self._inputs)
         except RuntimeError as error:
             raise StageError(
                 f"expected the model to run in float64 for SynFlow; got {error} in its forward pass; use x.to(y.dtype) "
@@ -193,7 +202,7 @@ class Flow:
             )
         if total.requires_grad and self.totals[-1]:
             (total / total.detach().abs()).backward()
-        self.passes.step("synflow")
+            substitution.finish()
 
     def _absolute(self, name: str, parameter: nn.Parameter) -> Tensor:
         value = parameter.detach().to(torch.float64, copy=True).abs_()
@@ -201,7 +210,7 @@ class Flow:
             value.zero_()
         if name in self.masks:
             value.mul_(self.masks[name])
-        return value.requires_grad_(True)
+        return value
 
     def _buffers(self) -> dict[str, Tensor]:
         means = {
@@ -224,17 +233,6 @@ class Flow:
             "flow": [self.totals[0], self.totals[-1]],
             "scored": list(counts),
         }
-
-
-def _noting(name: str, note: Note) -> Callable[[Tensor], None]:
-    """Hand a gradient over as soon as it is complete, and drop it: no two gradients have to live at a time."""
-
-    def hook(value: Tensor) -> None:
-        assert value.grad is not None
-        note(name, value.detach(), value.grad)
-        value.grad = None
-
-    return hook
 
 
 def _divides_by_its_input(module: nn.Module) -> bool:
