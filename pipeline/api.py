@@ -24,8 +24,17 @@ from fusepress.pipeline.errors import (
     UsageError,
 )
 from fusepress.pipeline.evidence import RUN_JSON, Measurement, RunRecord, Verdict, read_run
-from fusepress.pipeline.gates import judge, load_replicates, overall
-from fusepress.pipeline.recipe import GatesConfig, LoadedRecipe, Recipe, load_recipe
+from fusepress.pipeline.gates import (
+    Baseline,
+    Replicates,
+    judge,
+    load_baseline,
+    load_replicates,
+    make_baseline,
+    overall,
+    save_baseline,
+)
+from fusepress.pipeline.recipe import GatesConfig, LoadedRecipe, Recipe, ReleaseGate, floor_parts, load_recipe
 from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file
 from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import Profile, load_profile
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.task import LoadedTask, Split
 
 RECIPE_JSON = "recipe.json"
+BASELINE_JSON = "baseline.json"  # the stored release that a run was judged against
 HOST = "host-cpu"
 REPORT_FILES = ("report.html", "junit.xml", "summary.md")
 ENVIRONMENT_TOOLS = (
@@ -119,8 +129,8 @@ def _lead(ctx: Context, folder: Path, from_stage: str | None, command: str) -> O
         record = new_record(ctx, folder, command)
         previous = _previous(folder)
     worked = run_stages(ctx, STAGES, record, folder, from_stage=from_stage)
-    atomic_write_text(folder / RECIPE_JSON, _recipe_json(ctx.loaded))
-    judge_run(record, folder, ctx.recipe.gates)
+    atomic_write_text(folder / RECIPE_JSON, _recipe_json(ctx.loaded, folder))
+    judge_run(record, folder, run_recipe(folder).gates)
     _explain_quietly(ctx, folder, worked=worked)
     _write_reports(record, folder, previous, worked=worked)
     return Outcome(record=record, folder=folder, worked=worked)
@@ -303,12 +313,19 @@ def _check_names(recipe: Recipe, task: LoadedTask) -> None:
     from fusepress.pipeline.corrupt import failures_of
 
     gates = recipe.gates
-    wanted = [("gates.floors", name) for name in gates.floors]
+    wanted = [("gates.floors", floor_parts(name)[0]) for name in gates.floors]
+    wanted += [("gates.release.max_drop", name) for name in (gates.release.max_drop if gates.release else ())]
     if gates.accuracy is not None and gates.accuracy.metric is not None:
         wanted.append(("gates.accuracy.metric", gates.accuracy.metric))
     for where, name in wanted:
         if name not in task.metrics:
             raise RecipeError(f"expected `{where}` to name a metric of the task, {list(task.metrics)}; got {name!r}")
+    stratified = [name for name in gates.floors if floor_parts(name)[1] is not None]
+    if stratified and not task.offers("strata"):
+        raise RecipeError(
+            f"expected a task with strata(batch) for the floor {stratified[0]!r}; got {task.name} without; label the "
+            "samples there, or floor the whole split"
+        )
     for where, names in _branches_of(recipe).items():
         for branch in names:
             if branch not in {*task.branches, "fusion"}:
@@ -422,16 +439,33 @@ def new_record(ctx: Context, folder: Path, command: str) -> RunRecord:
 
 def judge_run(record: RunRecord, folder: Path, gates: GatesConfig) -> None:
     """Judge a run's stored numbers; the verdict, and what stays releasable, go into the record and run.json."""
-    replicates = (
-        load_replicates(folder / record.artifacts["replicates"].path) if "replicates" in record.artifacts else None
-    )
-    verdicts = judge(record, replicates, gates, record.task["metrics"])
+    baseline = _stored_release(folder, gates.release)
+    verdicts = judge(record, _replicates(record, folder), gates, record.task["metrics"], baseline=baseline)
     verify = record.stage("verify")
     assert verify is not None
     verify.verdicts = verdicts
     record.verdict, record.why = overall(verdicts)
     record.released = _released(record)
     atomic_write_text(folder / RUN_JSON, record.to_json())
+
+
+def _replicates(record: RunRecord, folder: Path) -> Replicates | None:
+    stored = record.artifacts.get("replicates")
+    return None if stored is None else load_replicates(folder / stored.path)
+
+
+def _stored_release(folder: Path, gate: ReleaseGate | None) -> Baseline | None:
+    """What `gates.release` compares with; a copy stays in the run folder, which is judged again elsewhere."""
+    if gate is None:
+        return None
+    baseline = load_baseline(_beside(folder, gate.file))
+    if baseline is not None:
+        atomic_write_text(folder / BASELINE_JSON, baseline.to_json())
+    return baseline
+
+
+def _beside(folder: Path, path: str) -> Path:
+    return folder / path if (folder / path).exists() or not Path(path).exists() else Path(path)
 
 
 def _released(record: RunRecord) -> str:
@@ -474,8 +508,13 @@ def _told(record: RunRecord) -> str:
     return hashlib.sha256(plain.to_json().encode()).hexdigest()
 
 
-def _recipe_json(loaded: LoadedRecipe) -> str:
-    return json.dumps(loaded.recipe.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+def _recipe_json(loaded: LoadedRecipe, folder: Path) -> str:
+    """The resolved recipe for the run folder, which the path of the stored release is made relative to."""
+    values = loaded.recipe.model_dump(mode="json")
+    if loaded.recipe.gates.release is not None:
+        stored = loaded.resolve(loaded.recipe.gates.release.file)
+        values["gates"]["release"]["file"] = os.path.relpath(stored.absolute(), folder.absolute())
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
 def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -488,20 +527,65 @@ def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(path, overrides).recipe
 
 
-def gate(run: str | Path, *, overrides: Sequence[str] = ()) -> Outcome:
+def gate(run: str | Path, *, overrides: Sequence[str] = (), baseline: str | Path | None = None) -> Outcome:
     """Judge a finished run again, with another budget if overrides say so; no stage is run, no torch is needed.
+
+    Args:
+        run: its folder.
+        overrides: `key=value` changes to its recipe.
+        baseline: the stored release, in place of the one that `gates.release.file` names.
 
     Raises:
         StoreError: the folder is not a finished run.
         RecipeError: an override does not fit.
     """
     folder = Path(run)
+    record = _finished(folder)
+    gates = run_recipe(folder, overrides).gates
+    if baseline is not None and gates.release is not None:
+        release = gates.release.model_copy(update={"file": str(Path(baseline).absolute())})
+        gates = gates.model_copy(update={"release": release})
+    judge_run(record, folder, gates)
+    write_reports(folder)
+    return Outcome(record=record, folder=folder, worked=True)
+
+
+def update_baseline(run: str | Path, baseline: str | Path | None = None) -> tuple[Path, list[str]]:
+    """Store a run's figures as the release that later runs are compared with: a file for review.
+
+    Args:
+        run: its folder; all its gates but those against an earlier release must have passed.
+        baseline: the file; default: what `gates.release.file` of its recipe names.
+
+    Returns:
+        The file, and what changed in it, a line each.
+
+    Raises:
+        UsageError: another gate did not pass, or no file is named.
+        StoreError: the folder is not a finished run.
+    """
+    folder = Path(run)
+    record = _finished(folder)
+    release = run_recipe(folder).gates.release
+    named = baseline if baseline is not None or release is None else _beside(folder, release.file)
+    if named is None:
+        raise UsageError(
+            f"expected a file to store the release in; got none, for {RECIPE_JSON} of {folder} has no gates.release; "
+            "name one with --baseline FILE"
+        )
+    replicates, verify = _replicates(record, folder), record.stage("verify")
+    assert verify is not None
+    if replicates is None:
+        raise StoreError(f"expected bootstrap replicates; got none at {folder}; run compress again from verify")
+    made = make_baseline(record, replicates, verify.verdicts, record.task["metrics"])
+    return Path(named), save_baseline(Path(named), made)
+
+
+def _finished(folder: Path) -> RunRecord:
     record = read_run(folder)
     if record.stage("verify") is None or record.stage("verify").status not in ("done", "cached"):  # type: ignore[union-attr]
         raise StoreError(f"expected a finished run; got one without results of verify at {folder}; run compress again")
-    judge_run(record, folder, run_recipe(folder, overrides).gates)
-    write_reports(folder)
-    return Outcome(record=record, folder=folder, worked=True)
+    return record
 
 
 def report(run: str | Path) -> Path:

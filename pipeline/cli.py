@@ -19,6 +19,7 @@ from fusepress.pipeline.errors import EXIT_INTERRUPTED, FusepressError, RankErro
 if TYPE_CHECKING:
     from fusepress.pipeline.api import Measured, Outcome
     from fusepress.pipeline.evidence import Verdict
+    from fusepress.pipeline.gates import FailOn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +98,16 @@ def _override_option(function: F) -> F:
     )(function)
 
 
+def _fail_on_option(function: F) -> F:
+    return click.option(
+        "--fail-on",
+        type=click.Choice(["inconclusive", "anomalous", "fail"]),
+        default="inconclusive",
+        show_default=True,
+        help="Mildest verdict that ends with a non-zero exit code.",
+    )(function)
+
+
 def _with_command(function: Callable[..., int]) -> Callable[..., int]:
     """Give the verb the command line as typed, for the report's reproduce line."""
 
@@ -114,6 +125,7 @@ def _with_command(function: Callable[..., int]) -> Callable[..., int]:
 @click.option("--target", help="Device profile, in place of the recipe's.")
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Run folder [runs/<recipe>-<target>].")
 @click.option("--from", "from_stage", metavar="STAGE", help="Make this stage and all later ones anew.")
+@_fail_on_option
 @_override_option
 @_json_option
 @_with_command
@@ -122,6 +134,7 @@ def compress(
     target: str | None,
     run_folder: Path | None,
     from_stage: str | None,
+    fail_on: FailOn,
     overrides: tuple[str, ...],
     as_json: bool,
     command: str,
@@ -143,7 +156,7 @@ def compress(
         reporter=Reporter(quiet=as_json),
         command=command,
     )
-    return _tell(outcome, as_json) if distributed.speaks() else 0
+    return _tell(outcome, as_json, fail_on) if distributed.speaks() else 0
 
 
 @cli.command()
@@ -172,13 +185,32 @@ def plan(recipe: Path, target: str | None, run_folder: Path | None, overrides: t
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--baseline", type=click.Path(path_type=Path), help="Stored release [gates.release.file of the recipe].")
+@click.option(
+    "--update-baseline", is_flag=True, help="Make RUN the stored release: writes the file and shows what changed."
+)
+@_fail_on_option
 @_override_option
 @_json_option
-def gate(run_folder: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+def gate(
+    run_folder: Path,
+    baseline: Path | None,
+    update_baseline: bool,
+    fail_on: FailOn,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> int:
     """Judge a finished RUN again, with other budgets if -o says so. No stage is run."""
     from fusepress.pipeline import api
 
-    return _tell(api.gate(run_folder, overrides=overrides), as_json)
+    outcome = api.gate(run_folder, overrides=overrides, baseline=baseline)
+    if update_baseline:
+        path, changes = api.update_baseline(run_folder, baseline)
+        click.echo(f"{path}: {len(changes)} changed; review and commit it", err=True)
+        for line in changes:
+            click.echo(f"  {line}", err=True)
+        outcome = api.gate(run_folder, overrides=overrides, baseline=baseline)
+    return _tell(outcome, as_json, fail_on)
 
 
 @cli.command()
@@ -359,7 +391,7 @@ def _measured_json(measured: Measured) -> dict[str, Any]:
     return {"measurements": rows, "verdicts": verdicts, "environment": measured.environment}
 
 
-def _tell(outcome: Outcome, as_json: bool) -> int:
+def _tell(outcome: Outcome, as_json: bool, fail_on: FailOn) -> int:
     from fusepress.pipeline.gates import exit_code
 
     assert outcome.record.verdict is not None
@@ -370,7 +402,7 @@ def _tell(outcome: Outcome, as_json: bool) -> int:
 
         print_verdicts(_verdicts(outcome))
         _print_lines(outcome_lines(outcome))
-    return exit_code(outcome.record.verdict)
+    return exit_code(outcome.record.verdict, fail_on)
 
 
 def _verdicts(outcome: Outcome) -> list[Verdict]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Predict = Callable[[dict[str, "Tensor"]], dict[str, "Tensor"]]
 Corrupt = Callable[[Batch], Batch]
-_Part = tuple[dict[str, np.ndarray[Any, Any]], list[str], list[str]]  # statistics, sample ids, groups of a batch
+# statistics, sample ids, groups and strata of a batch
+_Part = tuple[dict[str, np.ndarray[Any, Any]], list[str], list[str], list[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +34,14 @@ class Evaluation:
         sample_ids: N names, in the order of the split.
         groups: N cluster names.
         metrics: the task's metrics over all N samples.
+        strata: N labels of the task's own (night, rain); empty where it has none, or on another split than `eval`.
     """
 
     stats: dict[str, np.ndarray[Any, Any]]
     sample_ids: tuple[str, ...]
     groups: tuple[str, ...]
     metrics: dict[str, float]
+    strata: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -95,14 +98,14 @@ def evaluate(
         seen = corrupt(batch) if corrupt is not None else batch
         outputs = predict(seen.inputs)
         _check_finite(outputs, batch)
-        own.append((task.sample_stats(outputs, batch), list(batch.sample_ids), list(batch.groups)))
+        strata = _strata(task, batch) if split == "eval" else []
+        own.append((task.sample_stats(outputs, batch), list(batch.sample_ids), list(batch.groups), strata))
         done += batch.size
         if progress is not None:
             progress(done * world())
     every = in_order(own)
-    parts = [part for part, _, _ in every]
-    ids = [name for _, names, _ in every for name in names]
-    groups = [name for _, _, names in every for name in names]
+    parts = [part for part, *_ in every]
+    ids, groups, strata = ([name for part in every for name in part[place]] for place in (1, 2, 3))
     if not parts or len(set(ids)) != len(ids):
         found = "no batch" if not parts else f"{len(ids) - len(set(ids))} repeated sample ids"
         raise TaskError(
@@ -110,7 +113,9 @@ def evaluate(
             "give every sample its own id"
         )
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Evaluation(stats=stats, sample_ids=tuple(ids), groups=tuple(groups), metrics=task.score(stats))
+    return Evaluation(
+        stats=stats, sample_ids=tuple(ids), groups=tuple(groups), metrics=task.score(stats), strata=tuple(strata)
+    )
 
 
 def _numbered(task: LoadedTask, split: Split, batches: Iterable[Batch] | None) -> Iterator[tuple[int, Batch]]:
@@ -120,6 +125,19 @@ def _numbered(task: LoadedTask, split: Split, batches: Iterable[Batch] | None) -
         return
     for index, batch in enumerate(task.batches(split, 0, rank=rank(), world=world())):
         yield index * world() + rank(), batch
+
+
+def _strata(task: LoadedTask, batch: Batch) -> list[str]:
+    """The task's label of each sample, for floors of single strata."""
+    if not task.offers("strata"):
+        return []
+    labels = [str(label) for label in task.user.strata(batch)]
+    if len(labels) != batch.size:
+        raise TaskError(
+            f"expected strata(batch) to return {batch.size} labels, one a sample; got {len(labels)} at "
+            f"{task.source.spec}; label every sample of calib and eval"
+        )
+    return labels
 
 
 def _check_finite(outputs: dict[str, Tensor], batch: Batch) -> None:

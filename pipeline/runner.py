@@ -46,6 +46,7 @@ PUBLIC_ARTIFACTS = {
     "masks": "masks",
     "dense_onnx": "dense_onnx",
     "replicates": "replicates",
+    "references": "references",
 }
 
 

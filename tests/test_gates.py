@@ -246,11 +246,14 @@ def test_false_alarms_of_the_accuracy_gate_are_about_nominal(clusters: int) -> N
 
 def stored() -> Replicates:
     drawn = np.random.default_rng(0).random((50, 2))
-    clean = Condition(dense={"miou": 0.6}, compressed={"miou": 0.5}, replicates={"miou": drawn})
+    left_out = {"miou": drawn[:20] / 3}
+    clean = Condition(dense={"miou": 0.6}, compressed={"miou": 0.5}, replicates={"miou": drawn}, jackknife=left_out)
+    night = Replicates(clean=clean, samples=8, clusters=2)
     blank = Condition(dense={"miou": 0.4}, compressed={"miou": 0.3}, replicates={"miou": drawn / 2})
     return Replicates(
         clean=clean,
         failures={("camera_blank", 3): blank, ("camera_blank", 1): clean},
+        strata={"night/wet": night},
         constant={"miou": 0.1},
         samples=80,
         clusters=20,
@@ -272,6 +275,11 @@ def test_replicates_come_back_as_they_were_and_their_bytes_are_stable(tmp_path: 
         back.failures["camera_blank", 3].replicates["miou"], stored().clean.replicates["miou"] / 2
     )
     assert back.clean.compressed == {"miou": 0.5}
+    assert set(back.strata) == {"night/wet"}
+    assert (back.strata["night/wet"].samples, back.strata["night/wet"].clusters) == (8, 2)
+    for condition in (back.clean, back.strata["night/wet"].clean):
+        np.testing.assert_array_equal(condition.jackknife["miou"], stored().clean.replicates["miou"][:20] / 3)
+    assert back.failures["camera_blank", 3].jackknife == {}
     with np.load(one, allow_pickle=False) as archive:
         assert archive["dense/miou"].shape == (50,)
         assert archive["robustness/camera_blank/3/compressed/miou"].shape == (50,)

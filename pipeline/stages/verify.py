@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from fusepress.pipeline.distributed import is_main
 from fusepress.pipeline.errors import FusepressError
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
-from fusepress.pipeline.gates import Condition, Replicates, compare, save_replicates
+from fusepress.pipeline.gates import Condition, Replicates, Stats, compare, save_replicates
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
-from fusepress.pipeline.store import KeyParts, sha256_file
+from fusepress.pipeline.store import KeyParts, atomic_write_bytes, sha256_file
 
 logger = logging.getLogger(__name__)
+REFERENCES = "references.safetensors"
 HOST_MEASURE_SECONDS = 10.0
 PICTURE_SAMPLES = 2
+REFERENCE_SAMPLES = 2
+MOST_STRATA = 32
 CLEAN = ("", 0)
 WORST = 3  # severity
 
@@ -48,11 +52,33 @@ def _tried_here(ctx: Context) -> dict[str, int]:
     return tried
 
 
+def _rows_of_strata(evaluation: Evaluation) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(evaluation.strata):
+        rows.setdefault(label, []).append(row)
+    if len(rows) > MOST_STRATA:
+        logger.warning("strata are not judged one by one: %d of them, more than %d", len(rows), MOST_STRATA)
+        return {}
+    return rows
+
+
+def _write_references(ctx: Context, predict: Predict, path: Path) -> None:
+    """Inputs from the calib split and what the released ONNX makes of them, as `inputs/<name>`, `outputs/<name>`."""
+    from safetensors.torch import save
+
+    from fusepress.pipeline.task import cut_batch, first_batch
+
+    inputs = cut_batch(first_batch(ctx.task, "calib"), REFERENCE_SAMPLES).inputs
+    kinds = {"inputs": inputs, "outputs": predict(inputs)}
+    tensors = {f"{kind}/{name}": t.contiguous().clone() for kind, named in kinds.items() for name, t in named.items()}
+    atomic_write_bytes(path, save(tensors))
+
+
 class Verify:
     """Collects the numbers that gates judge; it judges nothing itself."""
 
     name = "verify"
-    version = 2
+    version = 3
     every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
@@ -77,7 +103,7 @@ class Verify:
         )
 
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
-        """Write replicates.npz and pictures."""
+        """Write replicates.npz, pictures, and inputs with the released outputs to check a copy by."""
         final = ctx.artifacts["onnx"]
         sha = sha256_file(final)
         session = common.onnx_session(ctx, final)
@@ -105,7 +131,9 @@ class Verify:
             "failures": [f"{failure}.{severity}" for failure, severity in pairs if failure],
             "constant": constant,
         }
-        return StageOutput(measurements=measurements, details=details, artifacts={"replicates": "replicates.npz"})
+        _write_references(ctx, compressed, out / REFERENCES)
+        artifacts = {"replicates": "replicates.npz", "references": REFERENCES}
+        return StageOutput(measurements=measurements, details=details, artifacts=artifacts)
 
     @staticmethod
     def _dense_predict(ctx: Context) -> Predict:
@@ -198,20 +226,24 @@ class Verify:
 
     @staticmethod
     def _replicates(ctx: Context, pairs: Pairs, constant: dict[str, float], sha: str) -> Replicates:
-        def condition(dense: Evaluation, compressed: Evaluation) -> Condition:
-            return compare(
-                dense.stats,
-                compressed.stats,
-                ctx.task.score,
-                dense.groups,
-                replicates=ctx.recipe.verify.replicates,
-                seed=ctx.recipe.seed,
-            )
+        def condition(dense: Stats, compressed: Stats, groups: Sequence[str]) -> Condition:
+            replicates, seed = ctx.recipe.verify.replicates, ctx.recipe.seed
+            return compare(dense, compressed, ctx.task.score, groups, replicates=replicates, seed=seed)
 
-        clean = pairs[CLEAN][0]
+        def stratum(rows: list[int]) -> Replicates:
+            dense, compressed = ({name: a[rows] for name, a in e.stats.items()} for e in pairs[CLEAN])
+            groups = [clean.groups[row] for row in rows]
+            return Replicates(clean=condition(dense, compressed, groups), samples=len(rows), clusters=len(set(groups)))
+
+        clean = pairs[CLEAN][1]  # the dense one's statistics were stored without strata
         return Replicates(
-            clean=condition(*pairs[CLEAN]),
-            failures={where: condition(*pair) for where, pair in pairs.items() if where != CLEAN},
+            clean=condition(pairs[CLEAN][0].stats, clean.stats, clean.groups),
+            failures={
+                where: condition(dense.stats, compressed.stats, dense.groups)
+                for where, (dense, compressed) in pairs.items()
+                if where != CLEAN
+            },
+            strata={label: stratum(rows) for label, rows in _rows_of_strata(clean).items()},
             constant=constant,
             samples=clean.n,
             clusters=len(set(clean.groups)),
