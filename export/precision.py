@@ -22,6 +22,7 @@ from fusepress.pipeline.errors import QuantizeError
 Array = np.ndarray[Any, Any]
 DATA_MAX = 512.0  # FP16's last place is worth 0.5 at 512: nodes with larger values stay in float32
 TIMEOUT_S = 1800.0
+MODELOPT = ("modelopt.onnx.quantization", "modelopt.onnx.autocast")  # seconds of imports
 _NAMES = {
     "FLOAT": "fp32",
     "FLOAT16": "fp16",
@@ -91,7 +92,7 @@ def convert_fp16(
             "nodes": [f"^{re.escape(node)}$" for node in keep_fp32_nodes],
         }
         log = folder / "log.txt"
-        outcome, result = run_job(__name__, job, log=log, timeout_s=TIMEOUT_S)
+        outcome, result = run_job(__name__, job, log=log, timeout_s=TIMEOUT_S, warm=MODELOPT)
         if result is None:
             raise QuantizeError(
                 f"expected autocast to convert the model to FP16; got {outcome.says(TIMEOUT_S)} at {onnx_in}:\n"

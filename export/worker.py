@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
+
+from fusepress.export.fork_server import ForkedJob, ForkServer, shared_server
 
 TAIL_LINES = 12
 POLL_S = 0.2
@@ -46,8 +48,24 @@ class Outcome:
         return f"exit status {self.code}"
 
 
+class _Waited(Protocol):
+    """What is asked of a process: one that was spawned, or a fork of a server."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 def run_job(
-    module: str, job: Mapping[str, Any], *, log: Path, timeout_s: float, progress: Progress | None = None
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    log: Path,
+    timeout_s: float,
+    progress: Progress | None = None,
+    warm: Sequence[str] = (),
 ) -> tuple[Outcome, dict[str, Any] | None]:
     """Run `python -m module` on a job; stdout and stderr go to `log`, and nothing of it outlives the call.
 
@@ -57,6 +75,8 @@ def run_job(
         log: file that receives what the worker writes.
         timeout_s: seconds after which it is killed.
         progress: called with a fraction and a word whenever the worker told something new with `tell_progress`.
+        warm: modules that take seconds to import; the worker is forked from a process that has imported them, and
+            which later jobs that name the same ones share.
 
     Returns:
         How it ended, and its answer where it gave one; nothing is raised for a failure of the worker.
@@ -67,28 +87,53 @@ def run_job(
     with tempfile.TemporaryDirectory(prefix="fusepress-") as folder, log.open("wb") as output:
         answer_path, told = Path(folder) / "answer.json", Path(folder) / "progress.json"
         text = json.dumps({**job, "answer": str(answer_path), "progress": str(told)})
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin:  # it may die before it reads
-                process.stdin.write(text.encode())
-            code = _wait(process, begin + timeout_s, told, progress)
-        finally:
-            if process.poll() is None:  # too slow, or we were interrupted
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        with _started(module, text, log, output, environment, warm) as process:
+            try:
+                code = _wait(process, begin + timeout_s, told, progress)
+            finally:
+                if process.poll() is None:  # too slow, or we were interrupted
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         result = json.loads(answer_path.read_text()) if answer_path.exists() else None
     return Outcome(code=code, seconds=time.monotonic() - begin, tail=tail_of(log)), result
 
 
-def _wait(process: subprocess.Popen[bytes], end: float, told: Path, progress: Progress | None) -> int | None:
+@contextlib.contextmanager
+def _started(
+    module: str, text: str, log: Path, output: IO[bytes], environment: Mapping[str, str], warm: Sequence[str]
+) -> Iterator[_Waited]:
+    server = shared_server(warm, environment) if warm else None
+    if server is not None and server.lock.acquire(blocking=False):  # another thread's job: this one has its own process
+        try:
+            forked = _forked(server, module, text, log, environment)
+            if forked is not None:
+                yield forked
+                return
+        finally:
+            server.lock.release()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may die before it reads
+        process.stdin.write(text.encode())
+    yield process
+
+
+def _forked(server: ForkServer, module: str, text: str, log: Path, environment: Mapping[str, str]) -> ForkedJob | None:
+    """None where the server is gone, as where an import fails: a process of its own will say why."""
+    with contextlib.suppress(BrokenPipeError):
+        return server.start(module, text, log, environment)
+    return None
+
+
+def _wait(process: _Waited, end: float, told: Path, progress: Progress | None) -> int | None:
     """Its exit status, or None where it is still at work at `end` (monotonic seconds)."""
     last = ""
     while True:
