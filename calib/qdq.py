@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from fusepress.pipeline.graph.placement import GRID_MAX, LEAST_STEP, Grid
+
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MERGES = ("Concat", "Add", "Sum", "Max", "Min")  # TensorRT merges without rescaling where the scales are equal
-INT8_MAX = 127.0
-LEAST_SCALE = 2.0**-20  # FP16 still tells it from 0, by which a QuantizeLinear would divide
 
 
 class QdqGraph:
@@ -33,6 +33,15 @@ class QdqGraph:
     def __init__(self, proto: Any) -> None:
         self.proto = proto
         self._index()
+
+    @property
+    def grid(self) -> Grid:
+        """What its pairs round to."""
+        from onnx import TensorProto
+
+        pairs = [n for n in self.proto.graph.node if n.op_type == "QuantizeLinear" and len(n.input) > 2]
+        kinds = {self.weights[n.input[2]].data_type for n in pairs}  # of the zero points
+        return "fp8" if TensorProto.FLOAT8E4M3FN in kinds else "int8"
 
     def _index(self) -> None:
         self.producer = {output: node for node in self.proto.graph.node for output in node.output}
@@ -98,12 +107,43 @@ class QdqGraph:
 
         Where pairs of several tensors name one scale, the largest limit counts.
         """
-        by_scale: dict[str, float] = {}
-        for tensor, limit in limits.items():
+        self.set_scales({tensor: limit / GRID_MAX[self.grid] for tensor, limit in limits.items()})
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Write the scales of quantised activations, in place; as `set_limits`."""
+        by_name: dict[str, float] = {}
+        for tensor, scale in scales.items():
             for name in self.scales.get(tensor, ()):
-                by_scale[name] = max(by_scale.get(name, 0.0), limit)
-        for name, limit in by_scale.items():
-            self._set_scale(name, limit / INT8_MAX)
+                by_name[name] = max(by_name.get(name, 0.0), scale)
+        for name, scale in by_name.items():
+            self._set_scale(name, scale)
+
+    def fill_grid(self) -> None:
+        """Scale weights such that their largest magnitude becomes the grid's, in place.
+
+        Modelopt's FP8 leaves them, as activations, INT8's scale times 448 / 127: the largest becomes 36, not 448, and
+        what is small comes close to where E4M3 has no more digits.
+        """
+        from onnx import numpy_helper
+
+        for node in self.proto.graph.node:
+            if node.op_type != "QuantizeLinear" or node.input[0] not in self.weights:
+                continue
+            weight, old = self.constant(node.input[0]), self.constant(node.input[1])
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            others = tuple(d for d in range(weight.ndim) if old.size == 1 or d != axis % weight.ndim)
+            scale = np.abs(weight).max(axis=others).reshape(old.shape).astype(old.dtype) / np.float32(
+                GRID_MAX[self.grid]
+            )
+            scale = np.where(scale > 0, scale, np.float32(1.0)).astype(old.dtype)  # zeros stay zeros by any scale
+            self.weights[node.input[1]].CopyFrom(numpy_helper.from_array(scale, node.input[1]))
+
+    def scale_groups(self) -> list[list[str]]:
+        """All quantised activations, those together that have one scale: by its name, or because a node merges them."""
+        named: dict[str, list[str]] = {}
+        for tensor in self.activations():
+            named.setdefault(self.scales[tensor][0], []).append(tensor)
+        return _joined([*named.values(), *(self.merged(node) for node in self.proto.graph.node)])
 
     def scale(self, tensor: str) -> float:
         """The scale of a quantised activation."""
@@ -121,8 +161,8 @@ class QdqGraph:
         nodes = [n for n in self.proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
         for name in dict.fromkeys(str(node.input[1]) for node in nodes):
             scale = self.constant(name)
-            if (scale < LEAST_SCALE).any():
-                floored = np.maximum(scale, scale.dtype.type(LEAST_SCALE))
+            if (scale < LEAST_STEP).any():
+                floored = np.maximum(scale, scale.dtype.type(LEAST_STEP))
                 self.weights[name].CopyFrom(numpy_helper.from_array(floored, name))
                 raised += 1
         return raised
@@ -138,7 +178,7 @@ class QdqGraph:
         groups = _joined(group for node in self.proto.graph.node if len(group := self.merged(node)) > 1)
         for group in groups:
             largest = max(self.scale(tensor) for tensor in group)
-            self.set_limits(dict.fromkeys(group, largest * INT8_MAX))
+            self.set_limits(dict.fromkeys(group, largest * GRID_MAX[self.grid]))
         return groups
 
     def merged(self, node: Any) -> list[str]:
@@ -161,7 +201,7 @@ class QdqGraph:
         from onnx import numpy_helper
 
         old = self.constant(name)
-        value = np.full_like(old, max(scale, LEAST_SCALE))  # a tensor may be 0 on all samples
+        value = np.full_like(old, max(scale, LEAST_STEP))  # a tensor may be 0 on all samples
         self.weights[name].CopyFrom(numpy_helper.from_array(value, name))
 
     def quantised(self, node: Any) -> bool:
@@ -208,8 +248,9 @@ def _read(graph: Any) -> set[str]:
 
 
 def _joined(groups: Iterable[list[str]]) -> list[list[str]]:
+    """Groups with a tensor in common as one; empty ones are left out."""
     joined: list[list[str]] = []
-    for group in groups:
+    for group in filter(None, groups):
         touching = [other for other in joined if set(other) & set(group)]
         joined = [other for other in joined if other not in touching]
         joined.append(list(dict.fromkeys([*(name for other in touching for name in other), *group])))

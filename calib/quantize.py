@@ -1,9 +1,9 @@
 """INT8 and FP8 by explicit Q/DQ, ranges measured on a fixed calibration list.
 
 NVIDIA's modelopt places the Q/DQ the way TensorRT fuses it (residual adds, concatenations, per-channel weights); it
-runs in a worker on the CPU. Batch norms are folded first. INT8 is made in two steps: a draft with all Q/DQ in a float32
-graph, from which every variant that leaves layers in floating point is cut, and the finished file with its remainder in
-FP16. What stays in floating point is listed with the reason.
+runs in a worker on the CPU. Batch norms are folded first. A file is made in two steps: a draft with all Q/DQ in a
+float32 graph, from which every variant that leaves layers in floating point is cut, and the finished file with its
+remainder in FP16. What stays in floating point is listed with the reason.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ import numpy as np
 from fusepress.calib.qdq import LAYERS, QdqGraph, broken_rules, fold_batchnorm
 from fusepress.calib.ranges import OWN_METHODS, OwnMethod, Ranges, measure_ranges
 from fusepress.export.onnx import EXPORTER_OPSET, ExportInfo, load_onnx, lower_opset, opset_of, save_onnx
-from fusepress.export.precision import check_arrays, precision_map, require_known, save_arrays
+from fusepress.export.precision import MODELOPT, check_arrays, precision_map, require_known, save_arrays
 from fusepress.export.runtime import OnnxSession
 from fusepress.export.worker import answer, read_job, run_job
 from fusepress.pipeline.errors import QuantizeError
+from fusepress.pipeline.graph.placement import Grid
 from fusepress.targets.network import read_network
 
 Array = np.ndarray[Any, Any]
 Method = Literal["max", "entropy", "percentile", "mse"]
+# least squared error is worked out for INT8's even steps; in FP8 what is small has finer ones
+METHODS: dict[Grid, tuple[OwnMethod, ...]] = {"int8": OWN_METHODS, "fp8": ("max", "percentile")}
 Remainder = Literal["fp16", "fp32"]
 TIMEOUT_S = 3600.0
 # TensorRT ran it in floating point whatever its Q/DQ said, with an extra kernel for the weights
@@ -90,9 +93,10 @@ class QuantizeInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """INT8 Q/DQ on all layers that can have it, in a float32 graph.
+    """Q/DQ on all layers that can have it, in a float32 graph.
 
     Attributes:
+        precision: int8 or fp8.
         source: the float32 file.
         float_proto: it, batch norms folded.
         proto: with Q/DQ; never changed, variants are copies.
@@ -106,11 +110,12 @@ class Draft:
     source: Path
     float_proto: Any
     proto: Any
-    method: Method
+    method: str
     samples: int
     ranges: Ranges
     excluded: frozenset[str]
     folded: tuple[str, ...] = ()
+    precision: Grid = "int8"
 
     def units(self) -> dict[str, list[str]]:
         """What can be left in floating point by itself (`QdqGraph.units`)."""
@@ -128,6 +133,12 @@ class Draft:
         graph.share_scales()
         return replace(self, proto=proto, method=method)
 
+    def with_scales(self, scales: Mapping[str, float], method: str) -> Draft:
+        """The same Q/DQ with the scales of activations given, as training under them leaves them."""
+        proto = _copy(self.proto)
+        QdqGraph(proto).set_scales(scales)
+        return replace(self, proto=proto, method=method)
+
     def variant(self, spared: Collection[str] = ()) -> Any:
         """A copy of the graph without the Q/DQ of these units."""
         proto = _copy(self.proto)
@@ -141,27 +152,35 @@ class Draft:
         return path
 
 
-def draft_int8(
+def draft_qdq(
     onnx_in: Path,
     arrays: Mapping[str, Array],
     *,
+    precision: Grid = "int8",
     method: Method = "max",
     exclude: Sequence[str] = (),
     sample_ids: Sequence[str] = (),
 ) -> Draft:
-    """Place INT8 Q/DQ and choose its ranges.
+    """Place INT8 or FP8 (E4M3) Q/DQ and choose its ranges.
 
     Args:
         onnx_in: float32 model, batch 1.
         arrays: input name -> N calibration samples, each fed with batch 1.
-        method: max (largest magnitude), percentile (99.99 %), mse (least squared error), or entropy (modelopt's own).
+        precision: of the layers.
+        method: max (largest magnitude), percentile (99.99 %), and for INT8 mse (least squared error) or entropy
+            (modelopt's own).
         exclude: names of nodes or module paths to leave in floating point.
         sample_ids: N names for messages.
 
     Raises:
-        QuantizeError: a name does not exist, samples do not fit, activations are not finite, modelopt fails, or nothing
-            was quantised.
+        QuantizeError: a name does not exist, samples do not fit, activations are not finite, the precision has no such
+            method, modelopt fails, or nothing was quantised.
     """
+    if precision == "fp8" and method not in METHODS["fp8"]:
+        raise QuantizeError(
+            f"expected ranges by one of {', '.join(METHODS['fp8'])} in FP8; got {method}, which counts on INT8's even "
+            "steps; change quantize.method"
+        )
     source = load_onnx(onnx_in)
     excluded = excluded_nodes(source, exclude, onnx_in)
     folded = fold_batchnorm(source)
@@ -171,12 +190,13 @@ def draft_int8(
         folder = Path(name)
         # ranges of our own need modelopt for the places only; any sample will do for that
         seen = {key: np.asarray(array)[: 1 if own else samples] for key, array in arrays.items()}
-        proto = _place(source, seen, folder, onnx_in, "int8", "max" if own else "entropy", "fp32", excluded)
+        proto = _place(source, seen, folder, onnx_in, precision, "max" if own else "entropy", excluded)
         graph = QdqGraph(proto)
         if not graph.layers():
-            raise _nothing(
-                _coverage(source, precision_map(folder / "placed.onnx"), "int8", excluded, ()), "int8", onnx_in
-            )
+            layers = _coverage(source, precision_map(folder / "placed.onnx"), precision, excluded, ())
+            raise _nothing(layers, precision, onnx_in)
+        if precision == "fp8":
+            graph.fill_grid()
         floating = folder / "float.onnx"
         bare = _copy(proto)
         QdqGraph(bare).spare(graph.units())
@@ -192,11 +212,12 @@ def draft_int8(
         ranges=ranges,
         excluded=frozenset(excluded),
         folded=tuple(folded),
+        precision=precision,
     )
     return draft.with_method(cast("OwnMethod", method)) if own else draft
 
 
-def finish_int8(
+def finish_qdq(
     draft: Draft,
     arrays: Mapping[str, Array],
     onnx_out: Path,
@@ -207,15 +228,15 @@ def finish_int8(
     """Write the file that is released; the same inputs give the same bytes.
 
     Args:
-        draft: from `draft_int8`.
+        draft: from `draft_qdq`.
         arrays: the calibration samples, for which the file's outputs must be finite.
         onnx_out: file to write.
-        remainder: precision of what is not INT8. With fp16 the file has operator set 19 or newer, because older Q/DQ
-            knows no FP16; with fp32 the operator set of the source is kept.
+        remainder: precision of what is not quantised. With fp16, and in FP8, the file has operator set 19 or newer,
+            because older Q/DQ knows neither; else the operator set of the source is kept.
         spared: units to leave in floating point.
 
     Raises:
-        QuantizeError: modelopt fails, no layer is left in INT8, or the result does not run.
+        QuantizeError: modelopt fails, no layer is left quantised, or the result does not run.
     """
     onnx_out.parent.mkdir(parents=True, exist_ok=True)
     proto = draft.variant(spared)
@@ -223,13 +244,21 @@ def finish_int8(
         if remainder == "fp16":
             QdqGraph(proto).floor_scales()
             proto = _halve(proto, Path(name), draft.source)
-    notes = _settle_opset(proto, opset_of(draft.float_proto), "int8", remainder)
+    notes = _settle_opset(proto, opset_of(draft.float_proto), draft.precision, remainder)
     if draft.folded:
         notes += (f"{len(draft.folded)} batch norms folded into the convolutions before them",)
     notes += tuple(broken_rules(proto))
     info = save_onnx(proto, onnx_out)
-    layers = _coverage(draft.float_proto, precision_map(onnx_out), "int8", draft.excluded, spared)
-    return _described("int8", draft.float_proto, draft.source, arrays, info, layers, draft.method, remainder, notes)
+    layers = _coverage(draft.float_proto, precision_map(onnx_out), draft.precision, draft.excluded, spared)
+    return _described(draft, arrays, info, layers, remainder, notes)
+
+
+def draft_int8(onnx_in: Path, arrays: Mapping[str, Array], **options: Any) -> Draft:
+    """`draft_qdq` in INT8."""
+    return draft_qdq(onnx_in, arrays, precision="int8", **options)
+
+
+finish_int8 = finish_qdq
 
 
 def quantize_int8(
@@ -241,14 +270,12 @@ def quantize_int8(
     remainder: Remainder = "fp16",
     exclude: Sequence[str] = (),
 ) -> QuantizeInfo:
-    """Insert INT8 Q/DQ into a float32 model: `draft_int8` and `finish_int8` in one; the arguments are theirs.
+    """Insert INT8 Q/DQ into a float32 model: `draft_qdq` and `finish_qdq` in one; the arguments are theirs.
 
     Raises:
         QuantizeError: as they do.
     """
-    return finish_int8(
-        draft_int8(onnx_in, arrays, method=method, exclude=exclude), arrays, onnx_out, remainder=remainder
-    )
+    return finish_qdq(draft_qdq(onnx_in, arrays, method=method, exclude=exclude), arrays, onnx_out, remainder=remainder)
 
 
 def quantize_fp8(
@@ -256,24 +283,17 @@ def quantize_fp8(
     arrays: Mapping[str, Array],
     onnx_out: Path,
     *,
+    method: Method = "max",
     remainder: Remainder = "fp16",
     exclude: Sequence[str] = (),
 ) -> QuantizeInfo:
-    """Insert FP8 (E4M3) Q/DQ, for Ada and newer; as `quantize_int8`, ranges by the largest value.
+    """Insert FP8 (E4M3) Q/DQ, for Ada and newer; as `quantize_int8`.
 
     Raises:
         QuantizeError: as `quantize_int8`.
     """
-    source = load_onnx(onnx_in)
-    excluded = excluded_nodes(source, exclude, onnx_in)
-    fold_batchnorm(source)
-    onnx_out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
-        proto = _place(source, arrays, Path(name), onnx_in, "fp8", "max", remainder, excluded)
-    notes = _settle_opset(proto, opset_of(source), "fp8", remainder)
-    info = save_onnx(proto, onnx_out)
-    layers = _coverage(source, precision_map(onnx_out), "fp8", excluded, ())
-    return _described("fp8", source, onnx_in, arrays, info, layers, "max", remainder, notes)
+    draft = draft_qdq(onnx_in, arrays, precision="fp8", method=method, exclude=exclude)
+    return finish_qdq(draft, arrays, onnx_out, remainder=remainder)
 
 
 def _place(
@@ -281,12 +301,11 @@ def _place(
     arrays: Mapping[str, Array],
     folder: Path,
     origin: Path,
-    precision: str,
+    precision: Grid,
     method: str,
-    remainder: str,
     excluded: Collection[str],
 ) -> Any:
-    """Modelopt's Q/DQ, in a worker."""
+    """Modelopt's Q/DQ in a float32 graph, in a worker."""
     ruled_out = {n.name for n in source.graph.node if n.op_type in RULED_OUT}
     save_arrays(folder / "data.npz", source, arrays)
     # modelopt writes its intermediate files beside its input
@@ -298,7 +317,6 @@ def _place(
         "data": str(folder / "data.npz"),
         "mode": precision,
         "method": method,
-        "remainder": remainder,
         "exclude": [f"{re.escape(node)}$" for node in sorted({*excluded, *ruled_out})],
     }
     return _work(job, folder, f"quantise the model to {precision}", origin)
@@ -312,7 +330,7 @@ def _halve(proto: Any, folder: Path, origin: Path) -> Any:
 
 
 def _work(job: dict[str, Any], folder: Path, what: str, origin: Path) -> Any:
-    outcome, result = run_job(__name__, job, log=folder / "log.txt", timeout_s=TIMEOUT_S)
+    outcome, result = run_job(__name__, job, log=folder / "log.txt", timeout_s=TIMEOUT_S, warm=MODELOPT)
     if result is None:
         raise QuantizeError(
             f"expected modelopt to {what}; got {outcome.says(TIMEOUT_S)} at {origin}:\n"
@@ -322,27 +340,25 @@ def _work(job: dict[str, Any], folder: Path, what: str, origin: Path) -> Any:
 
 
 def _described(
-    precision: str,
-    source: Any,
-    origin: Path,
+    draft: Draft,
     arrays: Mapping[str, Array],
     info: ExportInfo,
     layers: tuple[LayerCoverage, ...],
-    method: str,
     remainder: str,
     notes: tuple[str, ...],
 ) -> QuantizeInfo:
-    if not any(layer.precision == precision for layer in layers):
-        raise _nothing(layers, precision, origin)
+    quantised = [layer.name for layer in layers if layer.precision == draft.precision]
+    if not quantised:
+        raise _nothing(layers, draft.precision, draft.source)
     _require_runs(info.path, arrays)
     return QuantizeInfo(
         onnx=info,
-        precision=precision,
-        method=method,
+        precision=draft.precision,
+        method=draft.method,
         remainder=remainder,
         samples=len(next(iter(arrays.values()))),
         layers=layers,
-        macs_share=macs_share(source, [layer.name for layer in layers if layer.precision == precision]),
+        macs_share=macs_share(draft.float_proto, quantised),
         quantize_nodes=info.ops.get("QuantizeLinear", 0),
         notes=notes,
     )
@@ -437,7 +453,7 @@ def _require_runs(path: Path, arrays: Mapping[str, Array]) -> None:
             raise QuantizeError(
                 f"expected finite outputs; got NaN or infinity in {name!r} for {int(bad.sum())} of {bad.size} "
                 f"calibration samples at {path.name}; release with `quantize.precision: fp16`, which leaves what "
-                "overflows FP16 in float32, or call finish_int8 with remainder='fp32'"
+                "overflows FP16 in float32, or call finish_qdq with remainder='fp32'"
             )
 
 
@@ -461,7 +477,7 @@ def _place_job(job: dict[str, Any]) -> None:
         calibration_eps=["cpu"],
         nodes_to_exclude=job["exclude"],
         output_path=job["out"],
-        high_precision_dtype=job["remainder"],
+        high_precision_dtype="fp32",
         log_level="WARNING",
     )
 

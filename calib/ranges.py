@@ -1,7 +1,9 @@
 """Ranges of activations, measured sample by sample: what each method makes of them, and how far resampling moves them.
 
 A histogram over the magnitude's leading bits (exponent and five bits of the mantissa) has bins of at most 1/32 of their
-value and needs no second pass to learn the largest one. Kept per sample, it answers any method and any resampling.
+value and needs no second pass to learn the largest one. Pooled over the samples, it answers any method. Of each sample
+only the upper end is kept, as far down as any drawing of as many samples can push the percentile: all that resampling
+reads, in a few bins.
 """
 
 from __future__ import annotations
@@ -49,39 +51,50 @@ def magnitude_histogram(values: Array) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """The upper end of one sample's histogram: bins in ascending order, and the counts in them."""
+
+    bins: npt.NDArray[np.uint16]
+    counts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ranges:
     """Magnitudes of T tensors on S calibration samples.
 
     Attributes:
         tensors: T names.
         amax: (T, S), the largest magnitude of each tensor in each sample.
-        histogram: (T, S, BINS), counts over `bin_edges()`.
+        pooled: (T, BINS), counts of all samples over `bin_edges()`.
+        tails: T lists of S upper ends.
+        percentile: that resampling can say something about, in per cent.
     """
 
     tensors: tuple[str, ...]
     amax: Floats
-    histogram: npt.NDArray[np.uint32]
+    pooled: npt.NDArray[np.int64]
+    tails: tuple[tuple[Tail, ...], ...]
+    percentile: float = PERCENTILE
 
     def limits(self, method: OwnMethod, percentile: float = PERCENTILE) -> dict[str, float]:
-        """Tensor -> the largest magnitude that INT8 represents; what is larger saturates.
+        """Tensor -> the largest magnitude that is represented; what is larger saturates.
 
         Args:
-            method: max (nothing saturates), percentile (that share does not), or mse (least squared error).
+            method: max (nothing saturates), percentile (that share does not), or mse (least squared error in INT8).
             percentile: of method percentile, in per cent.
         """
         amax_T = self.amax.max(axis=1)
         if method == "max":
             limit_T = amax_T
         else:
-            pooled_TB = self.histogram.sum(axis=1, dtype=np.int64)
             found = [
                 percentile_limit(counts_B, percentile) if method == "percentile" else mse_limit(counts_B, float(most))
-                for counts_B, most in zip(pooled_TB, amax_T, strict=True)
+                for counts_B, most in zip(self.pooled, amax_T, strict=True)
             ]
             limit_T = np.minimum(np.asarray(found), amax_T)
         return dict(zip(self.tensors, (float(limit) for limit in limit_T), strict=True))
 
-    def resampling(self, seed: int, percentile: float = PERCENTILE) -> dict[str, Any]:
+    def resampling(self, seed: int) -> dict[str, Any]:
         """How far ranges move when the samples are drawn again, with replacement.
 
         Returns:
@@ -92,12 +105,18 @@ class Ranges:
         picks_RS = np.random.default_rng(seed).integers(0, samples, size=(REPLICATES, samples))
         amax_TR = self.amax[:, picks_RS].max(axis=2)
         weights_RS = np.stack([np.bincount(picks, minlength=samples) for picks in picks_RS])
-        percentile_TR = np.stack([_percentiles(h_SB, weights_RS, percentile) for h_SB in self.histogram])
+        totals_T = self.pooled.sum(axis=1)
+        percentile_TR = np.stack(
+            [
+                _drawn_percentiles(tails_S, weights_RS, int(total), self.percentile)
+                for tails_S, total in zip(self.tails, totals_T, strict=True)
+            ]
+        )
         return {
             "samples": samples,
             "replicates": REPLICATES,
             "max": self._spread(amax_TR),
-            f"percentile {percentile:g}": self._spread(np.minimum(percentile_TR, amax_TR)),
+            f"percentile {self.percentile:g}": self._spread(np.minimum(percentile_TR, amax_TR)),
         }
 
     def _spread(self, drawn_TR: Floats) -> dict[str, Any]:
@@ -111,20 +130,81 @@ class Ranges:
         }
 
 
-def _percentiles(histogram_SB: Array, weights_RS: Array, percentile: float) -> Floats:
-    used = np.flatnonzero(histogram_SB.any(axis=0))
+class RangeCollector:
+    """Takes tensors in sample by sample; what it holds grows by a few bins a tensor and sample.
+
+    Args:
+        tensors: T names.
+        samples: S, how many there will be.
+        percentile: that resampling will be asked about, in per cent.
+    """
+
+    def __init__(self, tensors: Sequence[str], samples: int, percentile: float = PERCENTILE) -> None:
+        self.tensors, self.percentile = tuple(tensors), percentile
+        self._amax_TS = np.zeros((len(self.tensors), samples))
+        self._pooled_TB = np.zeros((len(self.tensors), BINS), dtype=np.int64)
+        self._tails: list[list[Tail]] = [[] for _ in self.tensors]
+
+    def add(self, t: int, values: Array) -> float:
+        """The next sample's values of tensor number t, as many in each sample; returns their largest magnitude."""
+        sample, samples = len(self._tails[t]), self._amax_TS.shape[1]
+        self._amax_TS[t, sample] = np.abs(values).max(initial=0.0)
+        counts_B = magnitude_histogram(values)
+        self._pooled_TB[t] += counts_B
+        self._tails[t].append(upper_end(counts_B, samples * values.size, self.percentile))
+        return float(self._amax_TS[t, sample])
+
+    def ranges(self) -> Ranges:
+        """What was taken in."""
+        return Ranges(
+            tensors=self.tensors,
+            amax=self._amax_TS,
+            pooled=self._pooled_TB,
+            tails=tuple(tuple(tails) for tails in self._tails),
+            percentile=self.percentile,
+        )
+
+
+def upper_end(counts_B: Array, total: int, percentile: float) -> Tail:
+    """The bins of one sample that can decide a percentile of samples drawn with replacement.
+
+    At the bin of the percentile at most (100 - percentile) % of all drawn values lie in higher bins, so no more of a
+    drawn sample's. Bins below the one with which a sample alone has more than that in and above it are never reached.
+
+    Args:
+        counts_B: of the sample.
+        total: values of all drawn samples together.
+        percentile: in per cent.
+    """
+    used = np.flatnonzero(counts_B)
+    above = np.cumsum(counts_B[used][::-1])[::-1]  # in and above each bin
+    # the last one of which more lie in and above than may lie above the percentile, and all higher ones
+    enough = np.flatnonzero(total - above < percentile / 100 * total)
+    first = int(enough[-1]) if enough.size else 0
+    return Tail(bins=used[first:].astype(np.uint16), counts=counts_B[used[first:]].astype(np.int64))
+
+
+def _drawn_percentiles(tails_S: Sequence[Tail], weights_RS: Array, total: int, percentile: float) -> Floats:
+    """(R,) upper edges of the percentile's bin, each of samples drawn so many times."""
+    used = np.unique(np.concatenate([tail.bins for tail in tails_S]))
     if used.size == 0:
         return np.zeros(len(weights_RS))
-    drawn_RB = weights_RS @ histogram_SB[:, used].astype(np.int64)
-    below_RB = np.cumsum(drawn_RB, axis=1)
-    wanted_R = percentile / 100 * below_RB[:, -1]
-    index_R = (below_RB < wanted_R[:, None]).sum(axis=1)
-    return np.asarray(bin_edges()[used[index_R] + 1])
+    counts_SB = np.zeros((len(tails_S), used.size), dtype=np.int64)
+    for s, tail in enumerate(tails_S):
+        counts_SB[s, np.searchsorted(used, tail.bins)] = tail.counts
+    drawn_RB = weights_RS @ counts_SB
+    higher_RB = np.cumsum(drawn_RB[:, ::-1], axis=1)[:, ::-1] - drawn_RB
+    index_R = (total - higher_RB < percentile / 100 * total).sum(axis=1)
+    return np.asarray(bin_edges()[used[index_R].astype(np.int64) + 1])
 
 
 def percentile_limit(counts_B: Array, percentile: float) -> float:
     """The smallest upper edge of a bin below which so many per cent of the magnitudes lie."""
-    return float(_percentiles(np.asarray(counts_B)[None], np.ones((1, 1), dtype=np.int64), percentile)[0])
+    used = np.flatnonzero(counts_B)
+    if used.size == 0:
+        return 0.0
+    below = np.cumsum(np.asarray(counts_B)[used])
+    return float(bin_edges()[used[int((below < percentile / 100 * below[-1]).sum())] + 1])
 
 
 def mse_limit(counts_B: Array, amax: float) -> float:
@@ -173,18 +253,14 @@ def measure_ranges(
         session = OnnxSession(shown)
     count = len(next(iter(arrays.values())))
     names = list(sample_ids) or [f"number {number}" for number in range(count)]
-    amax_TS = np.zeros((len(tensors), count))
-    histogram_TSB = np.zeros((len(tensors), count, BINS), dtype=np.uint32)
+    collector = RangeCollector(tensors, count)
     for s in range(count):
         feed = {name: np.asarray(array)[s : s + 1] for name, array in arrays.items()}
         seen = {**feed, **session.run_numpy(feed)}
         for t, name in enumerate(tensors):
-            values = seen[name]
-            amax_TS[t, s] = np.abs(values).max(initial=0.0)
-            if not np.isfinite(amax_TS[t, s]):
+            if not np.isfinite(collector.add(t, seen[name])):
                 raise QuantizeError(_not_finite(name, producers, names[s], path))
-            histogram_TSB[t, s] = magnitude_histogram(values)
-    return Ranges(tensors=tuple(tensors), amax=amax_TS, histogram=histogram_TSB)
+    return collector.ranges()
 
 
 def _with_outputs(path: Path, tensors: Sequence[str]) -> tuple[Any, dict[str, str]]:

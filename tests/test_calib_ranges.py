@@ -15,6 +15,8 @@ from onnx import helper
 
 from fusepress.calib.ranges import (
     BINS,
+    REPLICATES,
+    RangeCollector,
     Ranges,
     bin_edges,
     magnitude_histogram,
@@ -79,11 +81,10 @@ def test_the_mse_limit_is_close_to_the_best_of_a_brute_force_search() -> None:
 
 def _ranges(samples: list[list[float]]) -> Ranges:
     arrays = [np.asarray(values, np.float32) for values in samples]
-    return Ranges(
-        tensors=("t",),
-        amax=np.array([[np.abs(values).max() for values in arrays]], dtype=np.float64),
-        histogram=np.array([[magnitude_histogram(values) for values in arrays]], dtype=np.uint32),
-    )
+    collector = RangeCollector(["t"], len(arrays))
+    for values in arrays:
+        collector.add(0, values)
+    return collector.ranges()
 
 
 def test_limits_pool_all_samples() -> None:
@@ -103,6 +104,43 @@ def test_resampling_moves_what_one_sample_decides() -> None:
     assert lone["widest"] == {"t": pytest.approx(0.9)}
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 12),
+    st.integers(1, 400),
+    st.sampled_from([40.0, 90.0, 99.0, 99.99, 100.0]),
+)
+def test_resampling_by_the_upper_ends_is_that_of_whole_samples(
+    seed: int, samples: int, size: int, percentile: float
+) -> None:
+    """Against the percentile of all values that were drawn, and that with a fraction of the bins."""
+    random = np.random.default_rng(seed)
+    values = (random.standard_t(2, size=(samples, size)) * 2.0 ** random.integers(-6, 6, size=(samples, 1))).astype(
+        "f4"
+    )
+    collector = RangeCollector(["t"], samples, percentile)
+    for row in values:
+        collector.add(0, row)
+    found = collector.ranges()
+    picks = np.random.default_rng(seed).integers(0, samples, size=(REPLICATES, samples))
+    drawn = [percentile_limit(magnitude_histogram(values[picked]), percentile) for picked in picks]
+    exact = np.minimum(drawn, np.abs(values)[picks].max(axis=(1, 2)))
+    low, middle, high = np.quantile(exact, [0.025, 0.5, 0.975])
+    told = found.resampling(seed)[f"percentile {percentile:g}"]
+    assert told["largest_width"] == pytest.approx((high - low) / middle if middle > 0 else 0.0, abs=1e-12)
+
+
+def test_a_sample_costs_a_few_bins() -> None:
+    random = np.random.default_rng(0)
+    collector = RangeCollector(["t"], 64)
+    for _ in range(64):
+        collector.add(0, random.normal(size=4096))
+    (tails,) = collector.ranges().tails
+    assert max(tail.bins.size for tail in tails) < 24
+    assert sum(tail.counts.sum() for tail in tails) < 0.01 * 64 * 4096 + 64
+
+
 def _model(folder: Path, op: str) -> Path:
     g = Graph()
     g.node(op, [g.node("Relu", ["image"], "hidden")], "head")
@@ -117,8 +155,9 @@ def test_inputs_activations_and_outputs_are_measured_sample_by_sample(tmp_path: 
     relu = np.maximum(data["image"], 0)
     expected = [np.abs(x).reshape(3, -1).max(axis=1) for x in (data["image"], relu, -relu)]
     np.testing.assert_array_equal(ranges.amax, np.array(expected, np.float32))
-    assert ranges.histogram.shape == (3, 3, BINS)
-    assert (ranges.histogram.sum(axis=2) == data["image"][0].size).all()
+    assert ranges.pooled.shape == (3, BINS)
+    assert (ranges.pooled.sum(axis=1) == data["image"].size).all()
+    assert [len(tails) for tails in ranges.tails] == [3, 3, 3]
 
 
 def test_tensors_behind_operators_without_shape_inference_are_measured(tmp_path: Path) -> None:
