@@ -37,13 +37,20 @@ from fusepress.targets.profile import Precision, Profile
 from fusepress.targets.roofline import constants_for
 
 FindingKind = Literal[
-    "reformat", "stayed floating", "odd channels", "memory bound", "depthwise", "broken fusion", "launch bound"
+    "reformat",
+    "stayed floating",
+    "odd channels",
+    "memory bound",
+    "depthwise",
+    "broken fusion",
+    "launch bound",
+    "operator",
 ]
 LEAST_SHARE = 0.002  # of the latency that a mended fault must win, else it is not worth a line
 LARGE_SHARE = 0.05  # of the latency that memory-bound kernels and launch-bound tails must take
 FEWEST_LAUNCHES = 4
 NARROWER: dict[Precision, Precision] = {"fp32": "fp16", "fp16": "int8"}
-ADVICE: dict[FindingKind, str] = {
+ADVICE: dict[FindingKind, str] = {  # for engines; explain_host.py has a CPU's
     "reformat": "give the layers on both sides one precision, or move the border to where a kernel computes",
     "stayed floating": "quantise it if the accuracy gate allows",
     "odd channels": "prune to multiples, with prune.align or a target whose alignment the plan follows",
@@ -70,7 +77,7 @@ class Finding:
         where: the ONNX node or the engine's layer.
         what: what was found.
         advice: what to do.
-        gain_ms: predicted, were it mended.
+        gain_ms: predicted, were it mended; on this machine's CPU the time that it takes, which is the most to win.
         measured_ms: of the engine's layer, from a profile; None where there is none.
         source: whether the builder's list of layers or only the graph says so.
     """
@@ -90,10 +97,11 @@ class Explanation:
 
     Attributes:
         onnx_sha256: the file that was looked at.
-        latency_ms, low_ms, high_ms, extrapolating: the prediction that the gains refer to.
+        latency_ms, low_ms, high_ms, extrapolating: the latency that the gains refer to.
         measured_ms: sum of the profile's layers; None where there is none.
         layers: how many layers the builder listed; 0 where only the graph was read.
         small: kind -> how many more there are with a gain below 0.2 % each.
+        evidence: of the latency and the gains: the roofline, or a profile taken on this machine.
         assumed: the file carries no precision of its own (neither Q/DQ nor FP16), and that of the build was assumed.
     """
 
@@ -110,10 +118,11 @@ class Explanation:
     measured_ms: float | None = None
     small: Mapping[str, int] = field(default_factory=dict)
     assumed: bool = False
+    evidence: Literal["predicted", "measured"] = "predicted"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"schema": 1, "kind": "predicted", **asdict(self)}
+        return {"schema": 1, "kind": self.evidence, **asdict(self)}
 
 
 def explain_model(

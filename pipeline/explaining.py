@@ -1,4 +1,7 @@
-"""Why a run's release is not faster: from its ONNX, the builder's list of layers and a profile of the device."""
+"""Why a run's release is not faster: from its ONNX, the builder's list of layers and a profile of the device.
+
+Where the target is this machine's CPU, the file is run and profiled here instead.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +84,24 @@ def _explain(
     from fusepress.export.explain import explain_model
     from fusepress.export.inspector import parse_profile
 
+    if target.family == "host":
+        return _explain_here(path, target, given=bool(layers) or times is not None)
     if times is not None and not times.is_file():
         raise UsageError(f"expected the profile of trtexec --exportProfile; got no file at {times}; correct the path")
     profile = parse_profile(times.read_text(errors="replace"), where=str(times)) if times is not None else {}
     return explain_model(path, target, precision=precision, mode=mode, layers=layers, times_ms=profile)
+
+
+def _explain_here(path: Path, target: Profile, *, given: bool) -> Explanation:
+    """ONNX Runtime on this machine's CPU: there is no engine to ask, and nothing to predict."""
+    from fusepress.export.explain_host import explain_on_host
+
+    if given:
+        raise UsageError(
+            f"expected no --layers or --profile for {target.name}, which has no engine; got some; leave them out: "
+            "ONNX Runtime is profiled here"
+        )
+    return explain_on_host(path, target)
 
 
 def _read_layers(path: Path) -> tuple[EngineLayer, ...]:

@@ -1,113 +1,152 @@
-"""Street in INT8, all layers, against FP32 in ONNX Runtime: accuracy by the method that chooses the ranges.
+"""INT8 against FP32 in ONNX Runtime: accuracy by the method that chooses the ranges, on every reference network.
 
-    python -m benchmarks.quantize.methods [--samples 64] [--threads 1] [--methods max percentile mse entropy]
+    python -m benchmarks.quantize.methods --data PATH/TO/KITTI/DRIVE [--networks street multi] [--methods max mse]
 
-The dense network of examples/street with its committed weights is exported, calibrated on `samples` of the calib split
-and judged on the whole eval split, with a float32 remainder and Q/DQ computed as written. `entropy` is what modelopt
-does unless told otherwise. Differences are paired, with the 95 % interval of the bootstrap over streets. Writes
-benchmarks/results/quantize/methods.json.
+Each trained network is exported, calibrated on at most `--samples` of its calib split and judged on its whole eval
+split, with Q/DQ computed as written. `max`, `percentile`, `mse` and `entropy` have all layers in INT8 and a float32
+remainder; `modelopt` is what modelopt makes of the file when it is asked for nothing, FP16 remainder included; `ladder`
+is the release: ranges by `auto`, what the recipe excludes left out, layers spared until the calib split says that at
+most half a per cent is lost (or what the recipe allows), FP16 remainder. `street_unlike` computes what street computes,
+with an outlier channel and modalities of unlike ranges (networks.py). Differences are paired, with the 95 % interval of
+the bootstrap over the task's groups.
+
+Finished cells are kept in the store and never made again. Writes benchmarks/results/quantize/methods.json and .md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "quantize" / "methods.json"
+from benchmarks.quantize.files import SEED, TOOLS, Bench, Json, benches, markdown, parser, write_result
+from benchmarks.quantize.networks import GAIN
+
+METHODS = ("max", "percentile", "mse", "entropy", "modelopt", "ladder")
 REPLICATES = 1000
+LIMIT = 0.005  # relative
+SHARE = 0.9  # of the MACs
 
 
-def exported(task: Any, path: Path) -> Path:
-    """The dense network as a target gets it."""
-    from fusepress.export.onnx import export_onnx
-    from fusepress.pipeline.graph.apply import load
-    from fusepress.pipeline.task import first_batch
-
-    model = load(task.build_model(), None, ROOT / "examples/street/street.safetensors").eval()
-    export_onnx(model, first_batch(task, "calib", size=1).inputs, ["output"], path)
-    return path
-
-
-def against_float(task: Any, floating: Any, found: Any) -> dict[str, Any]:
-    """Accuracy, and its drop with the interval."""
+def against_float(task: Any, floating: Any, found: Any) -> Json:
+    """Accuracy, and what is lost, positive is worse, with the interval."""
     from fusepress.pipeline.gates import Replicates, compare, drop_interval
 
-    condition = compare(floating.stats, found.stats, task.score, found.groups, replicates=REPLICATES, seed=0)
+    condition = compare(floating.stats, found.stats, task.score, found.groups, replicates=REPLICATES, seed=SEED)
     replicates = Replicates(clean=condition, samples=found.n, clusters=len(set(found.groups)))
     drop, interval = drop_interval(replicates, task.primary, task.metrics[task.primary])
-    assert interval is not None
     value = floating.metrics[task.primary]
     return {
-        task.primary: found.metrics[task.primary],
+        "value": found.metrics[task.primary],
+        "fp32": value,
         "drop": drop,
-        "drop_low": interval.low,
-        "drop_high": interval.high,
+        "drop_low": None if interval is None else interval.low,
+        "drop_high": None if interval is None else interval.high,
         "relative_drop": drop / value,
+        "n": found.n,
+        "groups": len(set(found.groups)),
     }
+
+
+def made(bench: Bench, method: str) -> Path:
+    """The INT8 file of a method."""
+    from benchmarks.quantize.defaults import quantize_by_defaults
+    from fusepress.calib.quantize import draft_int8
+
+    def write(path: Path) -> None:
+        if method == "modelopt":
+            quantize_by_defaults(bench.source, bench.arrays, path)
+        elif method == "entropy":
+            draft_int8(bench.source, bench.arrays, method="entropy", sample_ids=bench.card.sample_ids).write(path)
+        else:
+            bench.draft.with_method(method).write(path)  # type: ignore[arg-type]
+
+    if method == "ladder":
+        return bench.released("fp16")
+    return bench.file(f"{method}.onnx", write)
+
+
+def run(bench: Bench, method: str) -> Json:
+    """One cell."""
+    from fusepress.calib.quantize import layer_macs
+    from fusepress.calib.sensitivity import relative_error
+    from fusepress.export.onnx import load_onnx
+    from fusepress.export.precision import precision_map
+
+    begin = time.monotonic()
+    path = made(bench, method)
+    seconds = time.monotonic() - begin
+    macs, precisions = layer_macs(load_onnx(bench.source)), precision_map(path)
+    in_int8 = sum(count for name, count in macs.items() if precisions.get(name) == "int8")
+    few = {name: array[:8] for name, array in bench.arrays.items()}
+    error = relative_error(bench.session(path).run_numpy(few), bench.session(bench.source).run_numpy(few))
+    row = {
+        "method": method,
+        "macs_share_int8": in_int8 / sum(macs.values()),
+        "output_error": error,
+        **against_float(bench.network.task, bench.floating, bench.judged(path)),
+        "seconds_to_make": round(seconds, 1),
+    }
+    if method == "ladder":
+        told = bench.ladder()
+        row |= {key: told[key] for key in ("rung", "ranges_by", "units", "evaluations", "reason", "excluded")}
+        row["spared"] = len(told["spared"])
+    return row
+
+
+def table(networks: dict[str, Json]) -> list[str]:
+    """As Markdown."""
+    rows = []
+    for name, found in networks.items():
+        for row in found["rows"]:
+            method = row["method"]
+            if method == "ladder":
+                method = f"ladder: {row['ranges_by']}, {row['spared']} of {row['units']} units spared"
+                method += f", `{'`, `'.join(row['excluded'])}` excluded" if row["excluded"] else ""
+            met = "yes" if row["relative_drop"] <= LIMIT and row["macs_share_int8"] >= SHARE else "no"
+            interval = "" if row["drop_low"] is None else f" ({row['drop_low']:+.4f} to {row['drop_high']:+.4f})"
+            figures = [f"{row['macs_share_int8']:.1%}", f"{row['fp32']:.4f}", f"{row['value']:.4f}"]
+            lost = [f"{row['drop']:+.4f}{interval}", f"{row['relative_drop']:+.2%}"]
+            rows.append([f"{name} ({found['metric']}, n = {row['n']})", method, *figures, *lost, met])
+    judged = ("FP32 ", "INT8 ", "Lost (95 %) ", "Lost, relative ", "At most 0.5 %, at least 90 % of MACs")
+    return markdown(("Network", "Ranges", "MACs in INT8 ", *judged), rows)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=["max", "percentile", "mse", "entropy"])
-    arguments = parser.parse_args()
-    from fusepress.calib.dataset import calibration_arrays, choose_calibration
-    from fusepress.calib.quantize import draft_int8, macs_share
-    from fusepress.calib.sensitivity import Tries
-    from fusepress.export.runtime import OnnxSession
-    from fusepress.pipeline.evaluate import evaluate
+    options = parser(__doc__)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
-    from fusepress.pipeline.task import load_task
 
-    task = load_task("examples/street/task.py:StreetTask", base=ROOT)
-    card = choose_calibration(task, arguments.samples, 0)
-    arrays = calibration_arrays(task, card)
-    batches = list(task.batches("eval", 0))
-
-    def session(path: Path) -> OnnxSession:
-        return OnnxSession(path, arguments.threads)
-
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="fusepress-") as folder:
-        source = exported(task, Path(folder) / "street.onnx")
-        floating = evaluate(task, session(source), "eval", batches=batches)
-        print(f"fp32: {floating.metrics[task.primary]:.4f}", flush=True)
-        for method in arguments.methods:
-            begin = time.monotonic()
-            draft = draft_int8(source, arrays, method=method, sample_ids=card.sample_ids)
-            seconds = time.monotonic() - begin
-            found = evaluate(task, session(draft.write(Path(folder) / "int8.onnx")), "eval", batches=batches)
-            row = {
-                "method": method,
-                "macs_share_int8": macs_share(draft.float_proto, draft.units()),
-                "output_error": Tries(draft, arrays, 8, session).error(()),
-                **against_float(task, floating, found),
-                "seconds_to_calibrate": round(seconds, 1),
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    networks: dict[str, Json] = {}
+    for bench in benches(arguments):
+        rows = [
+            bench.cell("released" if method == "ladder" else method, partial(run, bench, method))
+            for method in arguments.methods
+        ]
+        task = bench.network.task
+        networks[bench.network.name] = {
+            "metric": task.primary,
+            "better": task.metrics[task.primary],
+            "calibration_samples": len(bench.card.sample_ids),
+            "calibration_card_sha256": bench.card.sha256,
+            "rows": rows,
+        }
     result = {
-        "command": " ".join(["python -m benchmarks.quantize.methods", *sys.argv[1:]]),
-        "tools": tool_versions("nvidia-modelopt", "onnx", "onnxruntime-gpu", "torch", "numpy"),
+        "command": "python -m benchmarks.quantize.methods --data DRIVE",
+        "tools": tool_versions(*TOOLS),
+        "kind": "simulated: Q/DQ computed as written on ONNX Runtime CPU",
         "threads": arguments.threads,
-        "kind": "simulated: INT8 Q/DQ with a float32 remainder on ONNX Runtime CPU, 256 evaluation samples",
-        "calibration_samples": len(card.sample_ids),
-        "calibration_card_sha256": card.sha256,
+        "seed": SEED,
         "replicates": REPLICATES,
-        "fp32": floating.metrics[task.primary],
-        "metric": task.primary,
-        "output_error_is": "relative squared error of the logits on 8 calibration samples",
-        "rows": rows,
+        "gain_of_unlike_channels": GAIN,
+        "output_error_is": "relative squared error of the outputs on 8 calibration samples",
+        "networks": networks,
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(
+        "methods", result, [f"`{result['command']}`; versions and intervals in methods.json", "", *table(networks)]
+    )
     return 0
 
 

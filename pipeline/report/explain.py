@@ -30,12 +30,13 @@ class FindingRow:
 
 @dataclass(frozen=True, slots=True)
 class ExplainView:
-    """The findings worth the most, and what they rest on."""
+    """The findings worth the most, what they rest on, and what their gains are called."""
 
     rows: list[FindingRow]
     more: int
     basis: str
     small: str
+    heading: str
 
 
 def explain_view(record: RunRecord, run_dir: Path) -> ExplainView | None:
@@ -57,6 +58,28 @@ def view_of(found: Mapping[str, Any]) -> ExplainView:
     """An explanation (its `to_dict`) as text."""
     latency_ms = float(found["latency_ms"])
     rows = [_row(entry, latency_ms) for entry in found["findings"]]
+    small = ", ".join(f"{count} {kind}" for kind, count in found.get("small", {}).items())
+    here = found.get("kind") == "measured"
+    return ExplainView(
+        rows=rows[:MOST_FINDINGS],
+        more=max(0, len(rows) - MOST_FINDINGS),
+        basis=_measured_basis(found) if here else _predicted_basis(found),
+        small=small,
+        heading="Takes, so most to win (measured)" if here else "Gain if mended (predicted)",
+    )
+
+
+def _measured_basis(found: Mapping[str, Any]) -> str:
+    interval = f"95 % interval {three(found['low_ms'])} to {three(found['high_ms'])}"
+    return (
+        f"Measured on the machine that explained it: {three(found['latency_ms'])} ms ({interval}), and "
+        f"{three(found['measured_ms'])} ms added up over the {found['layers']} nodes that ONNX Runtime ran, by its own "
+        "profile. A gain is what the node takes, so the most that mending it can win."
+    )
+
+
+def _predicted_basis(found: Mapping[str, Any]) -> str:
+    latency_ms = float(found["latency_ms"])
     interval = f"95 % interval {three(found['low_ms'])} to {three(found['high_ms'])}"
     flag = ", extrapolating" if found["extrapolating"] else ""
     read = f"the builder's list of {found['layers']} layers" if found["layers"] else "the ONNX graph alone"
@@ -68,8 +91,7 @@ def view_of(found: Mapping[str, Any]) -> ExplainView:
         )
     if found.get("measured_ms") is not None:
         basis += f" The profile of the device adds up to {three(found['measured_ms'])} ms."
-    small = ", ".join(f"{count} {kind}" for kind, count in found.get("small", {}).items())
-    return ExplainView(rows=rows[:MOST_FINDINGS], more=max(0, len(rows) - MOST_FINDINGS), basis=basis, small=small)
+    return basis
 
 
 def _row(entry: Mapping[str, Any], latency_ms: float) -> FindingRow:
