@@ -13,6 +13,7 @@
     - QuantizeError
     - BuildError
     - MeasureError
+    - DeviceError
     - StoreError
     - RankError (exit code of the rank that failed)
 
@@ -83,6 +84,10 @@ class BuildError(StageError):
 
 class MeasureError(StageError):
     """A latency could not be measured so that it can be trusted."""
+
+
+class DeviceError(StageError):
+    """A device could not be reached over SSH, is in use, or cannot do what was asked."""
 
 
 class StoreError(StageError):
