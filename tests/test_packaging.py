@@ -73,6 +73,7 @@ def test_the_wheel_holds_exactly_the_files_of_the_packages(wheel_names: set[str]
         expected |= {f"{inside}/{path.name}" for path in folder.glob("*.py")}
     expected |= {"fusepress/py.typed"}
     expected |= {f"fusepress/targets/profiles/{p.name}" for p in (ROOT / "targets/profiles").glob("*.yaml")}
+    expected.add("fusepress/targets/device.sh")
     expected |= {f"fusepress/pipeline/templates/{p.name}" for p in (ROOT / "pipeline/templates").iterdir()}
     report = ROOT / "pipeline/report"
     expected |= {f"fusepress/pipeline/report/{p.name}" for p in report.iterdir() if p.suffix in (".j2", ".css")}
