@@ -33,6 +33,7 @@ BUILDER = "fusepress.export.builder"
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|MemoryError|out of ?memory|Cannot allocate memory|failed to map segment", re.IGNORECASE
 )
+_TYPES_WITHOUT_HARDWARE = re.compile(r"HW-specific datatypes: (?P<types>[\w, ]+)")
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvmap")  # the last two on Jetson, which may lack nvidia-smi
 
 
@@ -390,6 +391,13 @@ def _refuse(result: Mapping[str, Any], proto: Any, onnx_path: Path, log_path: Pa
         raise BuildError(
             f"expected operators that the parser knows; got {len(lines)} that it refuses at {onnx_path}:\n  "
             + "\n  ".join(lines)
+        )
+    lacking = _TYPES_WITHOUT_HARDWARE.search(errors)
+    if lacking is not None:
+        raise TargetError(
+            f"expected types that every GPU of the build computes in; got {lacking['types']} at {onnx_path}, which one "
+            "of them has no hardware for (FP8 needs compute capability 8.9 or newer); take int8 "
+            f"(quantize.precision), or build for newer GPUs alone; all of the log is in {log_path}"
         )
     if result.get("failed"):
         raise BuildError(

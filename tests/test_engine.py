@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given
@@ -29,6 +30,7 @@ from fusepress.export.timing_cache import TimingCacheFile
 from fusepress.pipeline.errors import BuildError, StoreError, TargetError
 from tests.doubles import play_tensorrt
 from tests.export_toys import inputs, two_branch
+from tests.onnx_graphs import Graph
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed (x86-64 only)"
@@ -119,6 +121,25 @@ def test_every_refused_operator_is_listed_with_advice(tmp_path: Path) -> None:
     assert "Unique at node voxels/Unique: not supported; make the indices unique outside the model" in text
     assert "Det at node pose/Det" in text
     assert not (tmp_path / "m.engine").exists()
+
+
+@needs_rtx
+def test_a_precision_that_the_gpu_has_no_hardware_for_is_told(tmp_path: Path) -> None:
+    graph = Graph(19, half=True)
+    x, scale = graph.input("x", [1, 16, 8, 8]), graph.constant("scale", np.asarray(0.1, np.float16))
+    graph.constants.append(helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    weight = graph.constant("w", np.ones((16, 16, 3, 3), np.float16))
+    pairs = []
+    for name, tensor in (("x", x), ("w", weight)):
+        low = graph.add("QuantizeLinear", tensor, scale, "zero", name=f"{name}/q")
+        pairs.append(graph.add("DequantizeLinear", low, scale, "zero", name=f"{name}/dq"))
+    graph.output(graph.add("Conv", *pairs, name="conv", pads=[1, 1, 1, 1]))
+    path = graph.save(tmp_path / "m.onnx")
+    info = build_rtx_engine(path, tmp_path / "m.engine", compute_capabilities=["8.9"])
+    assert info.precisions() == {"fp8": 1}
+    with pytest.raises(TargetError, match=r"got fp8_e4m3 at .*m\.onnx, .* no hardware for .*; take int8"):
+        build_rtx_engine(path, tmp_path / "n.engine", compute_capabilities=["8.6"])
+    assert not (tmp_path / "n.engine").exists()
 
 
 @needs_rtx
