@@ -1,4 +1,4 @@
-"""From a float model to the INT8 file that is released: the ladder of all INT8, fewer layers in INT8, none.
+"""From a float model to the INT8 (or FP8) file that is released: the ladder of all in INT8, fewer layers, none.
 
 Accuracy is judged on the calib split, for the eval split is the gates' alone: the upper end of the paired 95 % interval
 of the drop must stay within the limit. Where the recipe has an accuracy gate that the float model itself meets, that is
@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fusepress.calib.quantize import Draft
-from fusepress.calib.ranges import OWN_METHODS, OwnMethod
+from fusepress.calib.quantize import METHODS, Draft
+from fusepress.calib.ranges import OwnMethod
 from fusepress.calib.search import Found, Trial, search
 from fusepress.calib.sensitivity import PROXY_SAMPLES, Sensitivity, Session, Tries
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate
 from fusepress.pipeline.gates import Replicates, compare, drop_interval
+from fusepress.pipeline.graph.placement import Grid
 from fusepress.pipeline.task import Batch, LoadedTask
 
 Array = np.ndarray[Any, Any]
@@ -152,17 +153,19 @@ class Ladder:
         standard: what they were held to.
         reason: in words.
         evaluations: runs of the calib split that it took, sensitivity included, the references not.
+        precision: int8 or fp8.
     """
 
     found: Found
     standard: Standard
     reason: str
     evaluations: float
+    precision: Grid = "int8"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
-            "rung": self.found.rung,
+            "rung": self.precision if self.found.rung == "int8" else self.found.rung,
             "reason": self.reason,
             "spared": sorted(self.found.spared),
             "standard": self.standard.words,
@@ -182,7 +185,7 @@ def climb_down(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Ladder:
-    """All layers in INT8 if that meets the standard, else as few as possible in floating point, else all.
+    """All layers quantised if that meets the standard, else as few as possible in floating point, else all.
 
     Args:
         draft: with Q/DQ everywhere.
@@ -220,8 +223,9 @@ def climb_down(
     return Ladder(
         found=found,
         standard=standard,
-        reason=_reason(found, standard, len(draft.units())),
+        reason=_reason(found, standard, len(draft.units()), draft.precision.upper()),
         evaluations=judge.evaluations - begun + runs,
+        precision=draft.precision,
     )
 
 
@@ -232,15 +236,15 @@ def worth_releasing(found: Found, layers: Collection[str], units: Collection[str
     return replace(found, rung="float", spared=frozenset(units))
 
 
-def _reason(found: Found, standard: Standard, units: int) -> str:
+def _reason(found: Found, standard: Standard, units: int, precision: str) -> str:
     limit = f"{standard.metric} may drop by {standard.max_drop:.4g} ({standard.words})"
     first = found.trials[0]
     if found.rung == "int8":
-        return f"all {units} units in INT8: {_worst(first)}; {limit}"
-    naive = f"with all units in INT8 {_worst(first)}; {limit}"
+        return f"all {units} units in {precision}: {_worst(first)}; {limit}"
+    naive = f"with all units in {precision} {_worst(first)}; {limit}"
     if found.rung == "float":
-        tried = f"none of {len(found.trials)} sets that were tried meets that with a layer in INT8"
-        return f"nothing in INT8: {naive}, and {tried}"
+        tried = f"none of {len(found.trials)} sets that were tried meets that with a layer in {precision}"
+        return f"nothing in {precision}: {naive}, and {tried}"
     chosen = next(trial for trial in reversed(found.trials) if trial.spared == found.spared)
     return (
         f"{len(found.spared)} of {units} units in floating point: {naive}; with them spared {_worst(chosen)}, and no "
@@ -266,9 +270,10 @@ def choose_method(draft: Draft, arrays: Mapping[str, Array], session: Session) -
         The draft with that method, and the relative squared error of each.
     """
     tries = Tries(draft, arrays, PROXY_SAMPLES, session)
-    drafts: dict[OwnMethod, Draft] = {method: draft.with_method(method) for method in OWN_METHODS}
-    errors = {method: tries.error((), drafts[method]) for method in OWN_METHODS}
-    best = min(OWN_METHODS, key=lambda method: errors[method])
+    methods = METHODS[draft.precision]
+    drafts: dict[OwnMethod, Draft] = {method: draft.with_method(method) for method in methods}
+    errors = {method: tries.error((), drafts[method]) for method in methods}
+    best = min(methods, key=lambda method: errors[method])
     return drafts[best], {str(method): error for method, error in errors.items()}
 
 

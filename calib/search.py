@@ -50,7 +50,7 @@ class Found:
     """What a search ended with.
 
     Attributes:
-        rung: int8 (all units), mixed (fewer), or float (none, the reference itself).
+        rung: int8 (all units, in FP8 where that is searched), mixed (fewer), or float (none, the reference itself).
         spared: units left in floating point.
         trials: all that were judged, in order.
     """

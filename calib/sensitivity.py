@@ -291,7 +291,7 @@ def spare_costs(
         return in_macs
     network = read_network(draft.float_proto.SerializeToString())
     try:
-        low = predict_network(network, profile, "int8", mode=mode)
+        low = predict_network(network, profile, draft.precision, mode=mode)
         high = predict_network(network, profile, remainder, mode=mode)
     except TargetError:
         return in_macs

@@ -300,7 +300,7 @@ def release_precision(recipe: Recipe, profile: Profile) -> Any:
 
 
 def _check_onnx_start(recipe: Recipe) -> None:
-    asked = [name for name in ("prune", "finetune", "sparsify") if getattr(recipe, name) is not None]
+    asked = [name for name in ("prune", "finetune", "sparsify", "qat") if getattr(recipe, name) is not None]
     if recipe.checkpoint.endswith(".onnx") and asked:
         raise RecipeError(
             f"expected a torch checkpoint for {', '.join(asked)}; got the ONNX file {recipe.checkpoint}; remove these "
@@ -369,13 +369,16 @@ def preflight(ctx: Context, store: Store) -> None:
         UsageError: with what was expected, what was found and what to do; nothing was written.
     """
     from fusepress.pipeline.stages import STAGES
+    from fusepress.pipeline.stages.drafting import check_calibration
     from fusepress.pipeline.stages.teachers import check_teaching
 
     if store.entry_path(content_key(STAGES[0].key_parts(ctx))).exists():
         check_teaching(ctx)
+        check_calibration(ctx, whole=False)
         return
     if ctx.from_onnx:
         _check_onnx_file(ctx)
+        check_calibration(ctx, whole=True)
         return
     from fusepress.pipeline.graph.apply import load_checkpoint
     from fusepress.pipeline.task import check_task
@@ -391,6 +394,7 @@ def preflight(ctx: Context, store: Store) -> None:
         load_checkpoint(model, ctx.checkpoint)
     check_task(ctx.task, model)
     check_teaching(ctx)
+    check_calibration(ctx, whole=True)
 
 
 def _check_onnx_file(ctx: Context) -> None:

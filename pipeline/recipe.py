@@ -379,20 +379,38 @@ class SparsifyConfig(Section):
         return self
 
 
+class QatConfig(Section):
+    """Short training under the quantisation of the release (quantize.precision int8 or fp8).
+
+    The losses, the distillation and all else are those of the `finetune` section (or its defaults); batch norms keep
+    their statistics.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate.
+        ranges: of activations: fixed, as calibration gave them, or learned with the weights. Those of weights follow
+            the weights.
+    """
+
+    steps: int = Field(default=200, ge=0)
+    lr: float = Field(default=1e-4, gt=0)
+    ranges: Literal["fixed", "learned"] = "fixed"
+
+
 class QuantizeConfig(Section):
-    """Precision of the released ONNX, and how INT8 is made.
+    """Precision of the released ONNX, and how INT8 and FP8 are made.
 
     Attributes:
         precision: default: fp16, for host-cpu fp32.
         samples: calibration samples.
-        method: of INT8's ranges: max, percentile (99.99 %), mse (least squared error), entropy (modelopt's), or auto:
-            of the first three the one that changes the outputs least.
+        method: of the ranges: max, percentile (99.99 %), for INT8 also mse (least squared error) and entropy
+            (modelopt's), or auto: of the first three (FP8: two) the one that changes the outputs least.
         exclude: nodes or module paths that stay in floating point.
-        search: where all layers in INT8 lose too much accuracy on the calib split, leave as few as possible in floating
-            point, at worst all of them; else all stay in INT8 whatever they lose.
-        max_drop: what INT8 may lose of the gate's metric (or the primary one) against the float model; default: what
-            gates.accuracy allows against the dense model, else 0.5 % of the metric.
-        sensitivity: measure for the report how much every layer and modality minds INT8, even where nothing is amiss.
+        search: where all layers quantised lose too much accuracy on the calib split, leave as few as possible in
+            floating point, at worst all of them; else all stay quantised whatever they lose.
+        max_drop: what quantising may lose of the gate's metric (or the primary one) against the float model; default:
+            what gates.accuracy allows against the dense model, else 0.5 % of the metric.
+        sensitivity: measure for the report how much every layer and modality minds it, even where nothing is amiss.
     """
 
     precision: Precision | None = None
@@ -407,6 +425,15 @@ class QuantizeConfig(Section):
     def _a_limit_that_is_read(self) -> QuantizeConfig:
         if self.max_drop is not None and not self.search:
             raise ValueError("expected `search: true` with `max_drop`, which it is the limit of; got false; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _a_method_of_the_precision(self) -> QuantizeConfig:
+        if self.precision == "fp8" and self.method in ("mse", "entropy"):
+            raise ValueError(
+                f"expected method auto, max or percentile with precision fp8; got {self.method}, which counts on "
+                "INT8's even steps; change one of the two"
+            )
         return self
 
 
@@ -501,6 +528,7 @@ class Recipe(Section):
     prune: PruneConfig | None = None
     finetune: FinetuneConfig | None = None
     sparsify: SparsifyConfig | None = None
+    qat: QatConfig | None = None
     quantize: QuantizeConfig | None = None
     verify: VerifyConfig = VerifyConfig()
     gates: GatesConfig = GatesConfig()
@@ -530,6 +558,23 @@ class Recipe(Section):
             raise ValueError(
                 "expected one criterion in `score.method` with sparsify.choose: score; got auto, which tries channels "
                 "only; name a criterion"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_that_qat_reads(self) -> Recipe:
+        if self.qat is None:
+            return self
+        precision = self.quantize.precision if self.quantize is not None else None
+        if precision not in ("int8", "fp8"):
+            raise ValueError(
+                "expected `quantize.precision` int8 or fp8 with `qat`, which trains under the release's quantisation; "
+                f"got {precision or 'none'}; set it, or remove qat"
+            )
+        if self.finetune is not None and self.finetune.shard != "none":
+            raise ValueError(
+                "expected `finetune.shard: none` with `qat`, which quantises whole weights; got "
+                f"{self.finetune.shard}; change one of the two"
             )
         return self
 

@@ -78,7 +78,7 @@ def test_the_gradient_passes_where_nothing_saturates_and_the_step_learns_by_lsq(
     step = torch.tensor(0.5, requires_grad=True)
     x = torch.tensor([-100.0, -64.0, -0.3, 0.0, 0.26, 63.7, 64.0, 90.0], requires_grad=True)
     upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
-    fake_quantise(x, step).backward(upstream)  # type: ignore[no-untyped-call]
+    fake_quantise(x, step).backward(upstream)
     inside = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     assert x.grad is not None
     assert step.grad is not None
@@ -91,7 +91,7 @@ def test_the_gradient_passes_where_nothing_saturates_and_the_step_learns_by_lsq(
 def test_the_step_in_fp8_learns_from_the_same_rounding_error() -> None:
     step = torch.tensor(1.0, requires_grad=True)
     x = torch.tensor([1.05, 500.0], requires_grad=True)
-    fake_quantise(x, step, "fp8").sum().backward()  # type: ignore[no-untyped-call]
+    fake_quantise(x, step, "fp8").sum().backward()
     assert x.grad is not None
     assert step.grad is not None
     assert x.grad.tolist() == [1.0, 0.0]
@@ -160,11 +160,12 @@ def test_a_folded_norm_is_trained_through_and_keeps_its_statistics(drafts: dict[
         steps = model.get_parameter(NAME)
         assert steps.grad is not None
         assert (steps.grad != 0).sum() > 3
-        for parameter in (norm.weight, norm.bias, model.camera[0].weight, model.pillar2.weight):
-            assert parameter.grad is not None
-            assert parameter.grad.abs().max() > 0
+        for name in ("camera.1.weight", "camera.1.bias", "camera.0.weight", "pillar2.weight"):
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            assert gradient.abs().max() > 0, name
         with torch.no_grad():
-            steps += 1  # twice the step
+            steps.add_(1)  # twice the step
         told = quantised.steps()
     assert torch.equal(norm.running_mean, mean)
     scale = {tensor: 2 * step for tensor, step in zip(draft.ranges.tensors, _scales(draft), strict=True)}
@@ -190,7 +191,8 @@ class Reused(nn.Module):
         twice = F.relu(self.shared(once)) + once
         mixed = F.conv2d(input=twice, weight=self.weight, bias=None)
         tokens = mixed.flatten(2).transpose(1, 2)
-        return tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        attended: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return tokens + attended
 
 
 def test_what_cannot_be_followed_is_named_and_the_rest_is_quantised(folder: Path) -> None:

@@ -8,6 +8,7 @@ from fusepress.pipeline.stages.build import Build
 from fusepress.pipeline.stages.export import Export
 from fusepress.pipeline.stages.finetune import Finetune
 from fusepress.pipeline.stages.prune import Prune
+from fusepress.pipeline.stages.qat import Qat
 from fusepress.pipeline.stages.quantize import Quantize
 from fusepress.pipeline.stages.score import Score
 from fusepress.pipeline.stages.sparsify import Sparsify
@@ -19,6 +20,7 @@ STAGES: tuple[Stage, ...] = (
     Prune(),
     Finetune(),
     Sparsify(),
+    Qat(),
     Export(),
     Quantize(),
     Build(),

@@ -15,6 +15,9 @@ from fusepress.pipeline.store import KeyParts, sha256_file
 from fusepress.pipeline.task import Batch
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from fusepress.export.onnx import ExportInfo
     from fusepress.targets.operators import OperatorFault
 
 PARITY_RELATIVE = 1e-4
@@ -55,14 +58,11 @@ class Export:
     def run(self, ctx: Context, out: Path, work: Path) -> StageOutput:
         """Write model.onnx."""
         from fusepress.export.parity import check_parity, require_parity
-        from fusepress.export.passes import slim
         from fusepress.export.runtime import OnnxSession
 
         model = common.current_model(ctx)
-        exported = common.export_for_target(ctx, model, work / "raw.onnx")
         batches = common.calib_batches(ctx, PARITY_BATCHES)
-        rewrites, refused = rewritten_for_target(ctx, work / "raw.onnx", batches)
-        slim(work / "raw.onnx", out / "model.onnx", batches)
+        exported, rewrites, refused = write_onnx(ctx, model, out / "model.onnx", work, batches)
         session = OnnxSession(out / "model.onnx")
         parity = check_parity(torch_predict(ctx.task, model), lambda feeds: session(feeds), batches)
         require_parity(parity, PARITY_RELATIVE)
@@ -101,6 +101,29 @@ class Export:
                     f"expected the metric {name} of the ONNX model within {METRIC_TOLERANCE} of torch; got {value:.5f} "
                     f"against {torch[name]:.5f}; the exported graph is not faithful: do not release it"
                 )
+
+
+def write_onnx(
+    ctx: Context, model: nn.Module, path: Path, work: Path, batches: list[Batch]
+) -> tuple[ExportInfo, list[str], list[str]]:
+    """A model as the float32 file that is quantised and released.
+
+    Args:
+        ctx: the run.
+        model: in evaluation mode.
+        path: file to write.
+        work: for the file before it is simplified.
+        batches: what rewritten and simplified files are checked on.
+
+    Returns:
+        What was exported before it was simplified; and as `rewritten_for_target`.
+    """
+    from fusepress.export.passes import slim
+
+    exported = common.export_for_target(ctx, model, work / "raw.onnx")
+    rewrites, refused = rewritten_for_target(ctx, work / "raw.onnx", batches)
+    slim(work / "raw.onnx", path, batches)
+    return exported, rewrites, refused
 
 
 def rewritten_for_target(ctx: Context, path: Path, batches: list[Batch] | None = None) -> tuple[list[str], list[str]]:

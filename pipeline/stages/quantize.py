@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fusepress.pipeline.evaluate import Evaluation
 from fusepress.pipeline.evidence import Measurement
-from fusepress.pipeline.recipe import QuantizeConfig
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.drafting import QUANTISED, Calibration, calibrate, drafted, settings_of
 from fusepress.pipeline.stages.export import confirmed_sparsity
 from fusepress.pipeline.store import KeyParts, sha256_file
 
 if TYPE_CHECKING:
-    from fusepress.calib.dataset import CalibrationCard
     from fusepress.calib.ladder import Judge, Ladder, Standard
     from fusepress.calib.quantize import Draft
     from fusepress.calib.sensitivity import Sensitivity
@@ -30,10 +30,11 @@ class _Made:
 
     details: dict[str, Any]
     precision: str
+    before_qat: bool = False  # the float model of before that training is what came of it
 
 
 class Quantize:
-    """FP16 by autocast, INT8 and FP8 by explicit Q/DQ on a fixed calibration list."""
+    """FP16 by autocast, INT8 and FP8 by explicit Q/DQ on a fixed calibration list, under a ladder."""
 
     name = "quantize"
     version = 3
@@ -45,11 +46,11 @@ class Quantize:
 
     def key_parts(self, ctx: Context) -> KeyParts:
         """The precision section, the ONNX file, the calibration data, and what a search is held to."""
-        settings = _config(ctx)
-        searches = ctx.precision == "int8" and settings.search
-        tabulates = ctx.precision == "int8" and settings.sensitivity
+        settings = settings_of(ctx)
+        searches = ctx.precision in QUANTISED and settings.search
+        tabulates = ctx.precision in QUANTISED and settings.sensitivity
         gate = ctx.recipe.gates.accuracy if searches and settings.max_drop is None else None
-        read = {"int8": None, "fp8": {"samples", "exclude"}}.get(ctx.precision, {"samples"})
+        read = None if ctx.precision in QUANTISED else {"samples"}
         return key_parts(
             ctx,
             self,
@@ -64,7 +65,7 @@ class Quantize:
                 # a search stops at the gate
                 "gate": None if gate is None else gate.model_dump(mode="json"),
             },
-            inputs=("onnx", "masks", *(("dense_onnx",) if searches else ())),
+            inputs=("onnx", "masks", "scales", "float_onnx", "float_weights", *(("dense_onnx",) if searches else ())),
             splits=("calib", "eval"),
             tools=("nvidia-modelopt", "onnx", "onnxruntime-gpu", "onnxconverter-common", "onnx-graphsurgeon", "numpy"),
         )
@@ -82,15 +83,15 @@ class Quantize:
         details: dict[str, Any] = {"precision": made.precision, **made.details}
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(final, ctx)
-        return StageOutput(measurements=measurements, details=details, artifacts={"onnx": "model.onnx"})
+        artifacts = {"onnx": "model.onnx"}
+        if made.before_qat:
+            shutil.copyfile(ctx.artifacts["float_weights"], out / "weights.safetensors")
+            artifacts["weights"] = "weights.safetensors"
+        return StageOutput(measurements=measurements, details=details, artifacts=artifacts)
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
         """Of the quantised file."""
         return common.latency_measurements(ctx, ctx.artifacts["onnx"], ctx.final_precision)
-
-
-def _config(ctx: Context) -> QuantizeConfig:
-    return ctx.recipe.quantize or QuantizeConfig()
 
 
 def _half_remainder(ctx: Context) -> bool:
@@ -100,27 +101,17 @@ def _half_remainder(ctx: Context) -> bool:
 
 
 def _convert(ctx: Context, final: Path, out: Path) -> _Made:
-    from fusepress.calib.dataset import calibration_arrays, choose_calibration
-
-    source, settings = ctx.artifacts["onnx"], _config(ctx)
-    card = choose_calibration(ctx.task, settings.samples, ctx.recipe.seed)
-    arrays = calibration_arrays(ctx.task, card)
-    ctx.reporter.update(0.1, f"calibrating on {len(card.sample_ids)} samples")
-    details: dict[str, Any] = {}
-    precision: str = ctx.precision
-    if ctx.precision == "int8":
-        made = _Int8(ctx, card, arrays)
-        details, card = made.write(final), made.card
-        precision = made.released
-    elif ctx.precision == "fp8":
-        from fusepress.calib.quantize import quantize_fp8
-
-        report = quantize_fp8(source, arrays, final, exclude=settings.exclude)
-        details = {"coverage": report.to_dict()} | ({"note": "; ".join(report.notes)} if report.notes else {})
+    calibration = calibrate(ctx)
+    ctx.reporter.update(0.1, f"calibrating on {len(calibration.card.sample_ids)} samples")
+    if ctx.precision in QUANTISED:
+        made = _Quantised(ctx, calibration)
+        details = made.write(final)
+        released, before_qat = made.released, made.before_qat
     else:
-        details = _write_fp16(source, final, arrays)
-    card.write(out / CARD)
-    return _Made({"calibration": card.summary(), **details}, precision)
+        details = _write_fp16(ctx.artifacts["onnx"], final, calibration.arrays)
+        released, before_qat = str(ctx.precision), False
+    calibration.card.write(out / CARD)
+    return _Made({"calibration": calibration.card.summary(), **details}, released, before_qat)
 
 
 def _write_fp16(source: Path, final: Path, arrays: Any) -> dict[str, Any]:
@@ -130,63 +121,64 @@ def _write_fp16(source: Path, final: Path, arrays: Any) -> dict[str, Any]:
     return {"fp32_nodes": list(info.fp32_nodes), "ranges_checked": info.ranges_checked}
 
 
-class _Int8:
-    """A draft with Q/DQ everywhere, the choice of its ranges, the ladder, and the file that they end in."""
+class _Quantised:
+    """A draft with Q/DQ everywhere, the choice of its ranges, the ladder, and the file that they end in.
 
-    def __init__(self, ctx: Context, card: CalibrationCard, arrays: Any) -> None:
-        self.ctx, self.card, self.arrays = ctx, card, arrays
-        self.settings = _config(ctx)
-        self.source = ctx.artifacts["onnx"]
+    Attributes:
+        floating: the float32 file that drops are counted from, and that the last rung releases: of the model before it
+            was trained under quantisation, where it was.
+        released: precision of the file that was written.
+    """
+
+    def __init__(self, ctx: Context, calibration: Calibration) -> None:
+        self.ctx, self.calibration = ctx, calibration
+        self.arrays = calibration.arrays
+        self.settings = settings_of(ctx)
+        self.floating = ctx.artifacts.get("float_onnx", ctx.artifacts["onnx"])
         self.remainder: Literal["fp16", "fp32"] = "fp16" if _half_remainder(ctx) else "fp32"
-        self.released = "int8"
+        self.released: str = ctx.precision
+        self.before_qat = False
         self._sensitivity: Sensitivity | None = None
 
     def write(self, final: Path) -> dict[str, Any]:
         """Write the released file; what the report tells."""
-        details: dict[str, Any] = {}
-        draft = self._draft(details)
+        draft, details = self._draft()
         spared: frozenset[str] = frozenset()
+        notes = details.pop("notes", [])
         if self.settings.search:
             ladder = self._climb_down(draft)
             details["ladder"] = ladder.to_dict()
             spared = ladder.found.spared
             if ladder.found.rung != "int8":
-                details["note"] = ladder.reason
+                notes.append(ladder.reason)
         if self.settings.sensitivity:
             self._measured(draft)
         if self._sensitivity is not None:
             details["sensitivity"] = self._sensitivity.to_dict()
         if spared and spared >= set(draft.units()):
-            return details | self._write_float(final)
-        from fusepress.calib.quantize import finish_int8
+            details |= self._write_float(final)
+            notes += ["the release is the model of before qat"] if self.before_qat else []
+        else:
+            from fusepress.calib.quantize import finish_qdq
 
-        report = finish_int8(draft, self.arrays, final, remainder=self.remainder, spared=spared)
-        notes = [details["note"]] if "note" in details else []
-        notes += report.notes
-        return details | {"coverage": report.to_dict()} | ({"note": "; ".join(notes)} if notes else {})
+            report = finish_qdq(draft, self.arrays, final, remainder=self.remainder, spared=spared)
+            notes += report.notes
+            details["coverage"] = report.to_dict()
+        return details | ({"note": "; ".join(notes)} if notes else {})
 
-    def _draft(self, details: dict[str, Any]) -> Draft:
-        from fusepress.calib.ladder import choose_method
-        from fusepress.calib.quantize import draft_int8
+    def _draft(self) -> tuple[Draft, dict[str, Any]]:
+        from fusepress.calib.qat import TrainedScales, with_trained_scales
 
-        method = self.settings.method
-        draft = draft_int8(
-            self.source,
-            self.arrays,
-            method="max" if method == "auto" else method,
-            exclude=self.settings.exclude,
-            sample_ids=self.card.sample_ids,
-        )
-        self.card = self.card.with_ranges(draft.ranges.resampling(self.ctx.recipe.seed))
-        if method == "auto":
-            draft, errors = choose_method(draft, self.arrays, self._session)
-            details["choice"] = {
-                "ranges_by": draft.method,
-                # as the report tells errors everywhere else: the root, in per cent of the outputs' spread
-                **{f"output_error_by_{name}_percent": round(100 * error**0.5, 3) for name, error in errors.items()},
-            }
+        if "scales" not in self.ctx.artifacts:
+            draft, details = drafted(self.ctx, self.ctx.artifacts["onnx"], self.calibration)
+        else:
+            draft, _ = drafted(self.ctx, self.ctx.artifacts["onnx"], self.calibration, choose=False)
+            draft, without = with_trained_scales(draft, TrainedScales.read(self.ctx.artifacts["scales"]))
+            details = {"choice": {"ranges_by": draft.method}}
+            if without:
+                details["notes"] = [f"the training knew no scale of {', '.join(without)}: theirs are calibrated"]
         self.ctx.reporter.update(0.25, f"ranges by {draft.method}")
-        return draft
+        return draft, details
 
     def _session(self, path: Path) -> OnnxSession:
         return common.onnx_session(self.ctx, path)
@@ -206,7 +198,7 @@ class _Int8:
 
     def _standard(self, judge: Judge) -> Standard:
         gate = self.ctx.recipe.gates.accuracy
-        floating = self._judged(judge, self.source)
+        floating = self._judged(judge, self.floating)
         dense: Evaluation | None = None
         if gate is not None and self.settings.max_drop is None and "dense_onnx" in self.ctx.artifacts:
             dense = self._judged(judge, self.ctx.artifacts["dense_onnx"])
@@ -239,16 +231,17 @@ class _Int8:
                 costs=costs,
                 cost_unit=unit,
                 session=self._session,
-                most_runs=SENSITIVITY_EVALUATIONS * self.card.available,
+                most_runs=SENSITIVITY_EVALUATIONS * self.calibration.card.available,
                 progress=tell,
             )
         return self._sensitivity
 
     def _write_float(self, final: Path) -> dict[str, Any]:
         """The last rung."""
+        self.before_qat = "float_onnx" in self.ctx.artifacts
         if self.ctx.on_host:
             self.released = "fp32"
-            final.write_bytes(self.source.read_bytes())
+            final.write_bytes(self.floating.read_bytes())
             return {}
         self.released = "fp16"
-        return _write_fp16(self.source, final, self.arrays)
+        return _write_fp16(self.floating, final, self.arrays)
