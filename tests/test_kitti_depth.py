@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fusepress.calib.quantize import excluded_nodes, macs_share
+from fusepress.export.onnx import export_onnx, load_onnx
 from fusepress.pipeline.corrupt import corrupt
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.evaluate import evaluate, torch_predict
@@ -456,6 +458,19 @@ def test_the_recipe_fits_the_schema_and_names_this_task() -> None:
     assert task.name == "KittiDepthTask"
     assert loaded.recipe.gates.accuracy is not None
     assert set(loaded.recipe.gates.robustness) <= set(task.user.failures)
+
+
+def test_what_the_int8_recipe_excludes_is_in_the_network_and_costs_few_multiplications(tmp_path: Path) -> None:
+    loaded = load_recipe(EXAMPLE / "int8.yaml", ["data=somewhere"])
+    quantize = loaded.recipe.quantize
+    assert quantize is not None
+    model = load_task(loaded.recipe.task, base=loaded.base, data=Path("somewhere")).build_model().eval()
+    inputs = {"image": torch.rand(1, 3, 96, 320), "sparse_depth": torch.rand(1, 1, 96, 320)}
+    export_onnx(model, inputs, ["depth"], tmp_path / "m.onnx")
+    proto = load_onnx(tmp_path / "m.onnx")
+    excluded = excluded_nodes(proto, quantize.exclude, tmp_path / "m.onnx")
+    assert {"choice/Conv", "correction/Conv", "lidar/Add"} <= excluded
+    assert 0.01 < macs_share(proto, excluded) < 0.03
 
 
 # -- real frames ------------------------------------------------------------------------------------------------------

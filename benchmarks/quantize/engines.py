@@ -1,6 +1,6 @@
 """Engines for Ampere, Ada and Blackwell built ahead of time by TensorRT-RTX: what its own list says runs in INT8.
 
-    python -m benchmarks.quantize.engines --data PATH/TO/KITTI/DRIVE [--networks street] [--gpus 8.6 8.9 12.0]
+    python -m benchmarks.quantize.engines --data PATH/TO/KITTI/DRIVE [--networks street]
 
 Two files of each network, those of benchmarks.quantize.methods: INT8 where the ladder ends, with an FP16 remainder, and
 FP16 throughout. For every layer that the file has Q/DQ for, the builder's verbose list of layers is asked in which
@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,12 @@ def built(path: Path, gpu: str, folder: Path) -> Json:
     }
 
 
-def run(bench: Bench, gpus: Sequence[str]) -> Json:
+def run(bench: Bench) -> Json:
     """All engines of a network."""
     found: Json = {}
     with tempfile.TemporaryDirectory(prefix="fusepress-") as folder:
         for precision, path in (("int8+fp16", bench.released("fp16")), ("fp16", bench.half())):
-            for gpu in gpus:
+            for gpu in GPUS:
                 found[f"{GPUS[gpu]} {precision}"] = built(path, gpu, Path(folder))
     return found
 
@@ -106,12 +107,12 @@ def table(networks: dict[str, Json]) -> list[str]:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    options.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
-    arguments = options.parse_args()
+    arguments = parser(__doc__).parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
-    networks: dict[str, Any] = {bench.network.name: run(bench, arguments.gpus) for bench in benches(arguments)}
+    networks: dict[str, Any] = {
+        bench.network.name: bench.cell("engines", partial(run, bench)) for bench in benches(arguments)
+    }
     result: Json = {
         "command": "python -m benchmarks.quantize.engines --data DRIVE",
         "tools": tool_versions("tensorrt_rtx", "nvidia-modelopt", "onnx"),

@@ -109,6 +109,10 @@ class Bench:
         found: Json = json.loads(path.read_text())
         return found
 
+    def has(self, name: str) -> bool:
+        """Whether a cell is finished."""
+        return (self.folder / f"{name}.json").is_file()
+
     def file(self, name: str, make: Callable[[Path], object]) -> Path:
         """A file by its name, made where it is not there."""
         path = self.folder / name

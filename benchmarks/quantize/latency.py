@@ -104,6 +104,8 @@ def run(bench: Bench, seconds: float) -> Json:
         "metric": metric,
         "units": ladder["units"],
         "units_in_int8": ladder["units"] - len(ladder["spared"]),
+        "seconds": seconds,
+        "instruction_sets": instruction_sets(),
         "environment": dict(measured.runs["fp32"].environment),
         "files": rows,
     }
@@ -131,17 +133,18 @@ def main() -> int:
     arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
-    networks = {bench.network.name: run(bench, arguments.seconds) for bench in benches(arguments)}
+    networks = {
+        bench.network.name: bench.cell("latency", partial(run, bench, arguments.seconds))
+        for bench in benches(arguments)
+    }
     result = {
         "command": "python -m benchmarks.quantize.latency --data DRIVE --networks " + " ".join(networks),
         "tools": tool_versions("onnx", "onnxruntime-gpu", "numpy"),
         "kind": "measured on this host, batch 1, files timed in turns",
         "threads": arguments.threads,
-        "seconds": arguments.seconds,
-        "instruction_sets": instruction_sets(),
         "networks": networks,
     }
-    isa = " ".join(instruction_sets())
+    isa = " ".join(dict.fromkeys(name for found in networks.values() for name in found["instruction_sets"]))
     note = f"`{result['command']}`; {arguments.threads} thread(s); {isa}"
     write_result("latency", result, [note, "", *table(networks)])
     return 0

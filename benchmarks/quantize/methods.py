@@ -95,6 +95,11 @@ def run(bench: Bench, method: str) -> Json:
     return row
 
 
+def cell_of(method: str) -> str:
+    """The cell of a method; `ladder` is that of the search."""
+    return "released" if method == "ladder" else method
+
+
 def table(networks: dict[str, Json]) -> list[str]:
     """As Markdown."""
     rows = []
@@ -116,14 +121,16 @@ def table(networks: dict[str, Json]) -> list[str]:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--table", action="store_true", help="of the cells that are finished; makes none")
     arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
     networks: dict[str, Json] = {}
     for bench in benches(arguments):
         rows = [
-            bench.cell("released" if method == "ladder" else method, partial(run, bench, method))
+            bench.cell(cell_of(method), partial(run, bench, method))
             for method in arguments.methods
+            if not arguments.table or bench.has(cell_of(method))
         ]
         task = bench.network.task
         networks[bench.network.name] = {
