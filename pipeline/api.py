@@ -41,6 +41,11 @@ from fusepress.targets.profile import Profile, load_profile
 
 if TYPE_CHECKING:
     from fusepress.export.explain import Explanation
+    from fusepress.pipeline.bundling.make import Bundle
+    from fusepress.pipeline.bundling.reproduce import Reproduced
+    from fusepress.pipeline.bundling.verify import Verified
+    from fusepress.pipeline.measuring import Arrivals
+    from fusepress.pipeline.on_device import DeviceSettings
     from fusepress.pipeline.stages.base import Context
     from fusepress.pipeline.task import LoadedTask, Split
 
@@ -594,6 +599,80 @@ def _finished(folder: Path) -> RunRecord:
 
 def report(run: str | Path) -> Path:
     """Write the reports of a run folder again; returns the HTML file."""
+def bundle(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    key: str | Path | None = None,
+    licences: Sequence[str | Path] = (),
+    refused: bool = False,
+) -> Bundle:
+    """Write the release bundle of a run: everything it made, with hashes, a bill of materials and a signature.
+
+    Args:
+        run: the run folder.
+        out: the file; default: `<run>.bundle.tar` beside it.
+        key: Ed25519 private key (PEM) to sign with.
+        licences: files to go along, such as the licence of the weights.
+        refused: bundle a run that did not pass its gates, too.
+
+    Raises:
+        UsageError: the run did not pass, or the key is none.
+        StoreError: the run is not finished or its files were changed.
+    """
+    from fusepress.pipeline.bundling.make import make_bundle
+
+    return make_bundle(
+        Path(run),
+        None if out is None else Path(out),
+        key=None if key is None else Path(key),
+        licences=[Path(path) for path in licences],
+        refused=refused,
+    )
+
+
+def verify(bundle: str | Path, *, key: str | Path | None = None) -> Verified:
+    """Check a bundle, without trust in it.
+
+    Args:
+        bundle: the archive, or a folder it was unpacked into.
+        key: Ed25519 public key (PEM) that it must be signed with.
+
+    Raises:
+        UsageError: there is no such file, or the key is none.
+    """
+    from fusepress.pipeline.bundling.verify import verify_bundle
+
+    return verify_bundle(Path(bundle), key=None if key is None else Path(key))
+
+
+def reproduce(
+    bundle: str | Path,
+    recipe: str | Path,
+    *,
+    target: str | None = None,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> list[Reproduced]:
+    """Run the stages of a bundle again, each from the bundled results of those before it.
+
+    Args:
+        bundle: the archive, or a folder it was unpacked into.
+        recipe: the user's own recipe, with the task and data that the bundle names by hash.
+        target: as for `compress`.
+        overrides: as for `compress`.
+        reporter: where progress goes; default: the terminal.
+
+    Raises:
+        UsageError: recipe, task or checkpoint are not those of the bundle.
+        StoreError: the bundle is damaged.
+    """
+    from fusepress.pipeline.bundling.reproduce import reproduce_bundle
+
+    loaded = load_recipe(Path(recipe), overrides, target=target)
+    return reproduce_bundle(Path(bundle), make_context(loaded, reporter or Reporter()))
+
+
     folder = Path(run)
     read_run(folder)
     write_reports(folder)

@@ -14,7 +14,7 @@ import click
 
 import fusepress
 from fusepress.pipeline import distributed
-from fusepress.pipeline.errors import EXIT_INTERRUPTED, FusepressError, RankError, UsageError
+from fusepress.pipeline.errors import EXIT_GATE_FAILED, EXIT_INTERRUPTED, FusepressError, RankError, UsageError
 
 if TYPE_CHECKING:
     from fusepress.pipeline.api import Measured, Outcome
@@ -211,6 +211,66 @@ def gate(
             click.echo(f"  {line}", err=True)
         outcome = api.gate(run_folder, overrides=overrides, baseline=baseline)
     return _tell(outcome, as_json, fail_on)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The file [RUN.bundle.tar].")
+@click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign with.")
+@click.option("--license", "licences", multiple=True, type=click.Path(path_type=Path), help="File to add; repeatable.")
+@click.option("--refused", is_flag=True, help="Bundle a run that did not pass its gates, too.")
+def bundle(run_folder: Path, out: Path | None, key: Path | None, licences: tuple[Path, ...], refused: bool) -> int:
+    """Write the release bundle of RUN: all it made, hashes, a bill of materials and, with --key, a signature."""
+    from fusepress.pipeline import api
+    from fusepress.pipeline.text import bundle_lines
+
+    _print_lines(bundle_lines(api.bundle(run_folder, out, key=key, licences=licences, refused=refused)))
+    return 0
+
+
+@cli.command()
+@click.argument("what", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM) that must have signed it.")
+@_json_option
+def verify(what: Path, key: Path | None, as_json: bool) -> int:
+    """Check BUNDLE: hashes, signature, verdict, ONNX, plan, masks and reference outputs. Nothing in it is executed.
+
+    Exit code 3 where a check fails. What cannot be checked is said.
+    """
+    from fusepress.pipeline import api
+    from fusepress.pipeline.bundling.verify import to_json
+    from fusepress.pipeline.text import verified_lines
+
+    found = api.verify(what, key=key)
+    if as_json:
+        click.echo(to_json(found))
+    else:
+        _print_lines(verified_lines(found))
+    return 0 if found.ok else EXIT_GATE_FAILED
+
+
+@cli.command()
+@click.argument("what", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--recipe", required=True, type=click.Path(path_type=Path), help="Your own recipe, task and data.")
+@click.option("--target", help="Device profile, in place of the recipe's.")
+@_override_option
+@_json_option
+def reproduce(what: Path, recipe: Path, target: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Run the stages of BUNDLE again, each from the bundled results of those before it.
+
+    Equal hashes where bytes are the same everywhere, metrics within their intervals where a stage trains. Exit code 3
+    where a stage differs.
+    """
+    from fusepress.pipeline import api
+    from fusepress.pipeline.console import Reporter
+    from fusepress.pipeline.text import reproduced_lines
+
+    found = api.reproduce(what, recipe, target=target, overrides=overrides, reporter=Reporter(quiet=as_json))
+    if as_json:
+        click.echo(json.dumps([{"stage": r.stage, "status": r.status, "why": r.why} for r in found], indent=1))
+    else:
+        _print_lines(reproduced_lines(found))
+    return EXIT_GATE_FAILED if any(r.status == "different" for r in found) else 0
 
 
 @cli.command()

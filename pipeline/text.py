@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fusepress.export.explain import Explanation
     from fusepress.pipeline.api import Measured, Outcome
     from fusepress.targets.predict import Prediction
+    from fusepress.pipeline.bundling.make import Bundle
+    from fusepress.pipeline.bundling.reproduce import Reproduced
+    from fusepress.pipeline.bundling.verify import Verified
+    from fusepress.targets.doctor import DeviceFacts, Finding
+    from fusepress.targets.fit import PersonalFit
     from fusepress.targets.profile import Profile
 
 OPERATOR_BASIS = {
@@ -75,6 +80,30 @@ def _first_sentence(why: str) -> str:
 
 
 def measured_lines(measured: Measured) -> list[str]:
+def bundle_lines(bundle: Bundle) -> list[str]:
+    """A bundle that was written."""
+    size_mib = bundle.path.stat().st_size / 2**20
+    lines = [f"bundle    {bundle.path}  {size_mib:.1f} MiB, {len(bundle.manifest.files)} files"]
+    lines += [f"verdict   {bundle.manifest.verdict}"]
+    lines += [f"signed    by the key {bundle.signed_by}"] if bundle.signed_by else []
+    return lines + [f"note      {note}" for note in bundle.notes]
+
+
+def verified_lines(found: Verified) -> list[str]:
+    """Checks of a bundle, and what none of them can tell."""
+    lines = [f"{check.status:<12}{check.name:<11}{check.why}" for check in found.checks]
+    lines += [f"{'not checked':<12}{why}" for why in found.not_checked]
+    whole = "every check passed" if found.ok else "do not use it"
+    return [*lines, f"{found.name}: {whole}; its verdict is {found.verdict}"]
+
+
+def reproduced_lines(found: Sequence[Reproduced]) -> list[str]:
+    """Stages that were run again."""
+    lines = [f"{stage.status:<10}{stage.stage:<10}{stage.why}" for stage in found]
+    differing = [stage.stage for stage in found if stage.status == "different"]
+    return [*lines, f"different: {', '.join(differing)}" if differing else "reproduced"]
+
+
     """Latency on this host, and the verdicts of the budgets."""
     lines = [_measurement_line(m) for m in measured.measurements]
     lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]

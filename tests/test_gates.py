@@ -82,14 +82,14 @@ def test_whole_clusters_are_drawn() -> None:
 
 
 def test_a_single_cluster_draws_blocks_in_a_row_and_the_verdict_says_so() -> None:
-    samples = 484  # 22 blocks of 22
+    samples = 900  # 30 blocks of 30
     hit = np.random.default_rng(2).random(samples)
     condition = compare({"hit": hit}, {"hit": hit}, mean_score, ["drive"] * samples, replicates=200, seed=0)
     replicates = Replicates(clean=condition, samples=samples, clusters=1)
-    assert replicates.units == 22
+    assert replicates.units == 30
     [verdict] = judge(run(), replicates, GatesConfig(accuracy=AccuracyGate(max_drop=0.1)), MIOU)
     assert verdict.verdict == "PASS"
-    assert "one cluster, so blocks of 22 in a row were drawn" in verdict.why
+    assert "one cluster, so blocks of 30 in a row were drawn" in verdict.why
 
 
 def test_spread_matches_the_clustered_standard_error() -> None:

@@ -235,11 +235,12 @@ def test_below_20_clusters_nothing_is_decided(drop: float, expected: str) -> Non
 
 
 def test_a_single_drive_needs_enough_blocks() -> None:
-    assert judged(400, 1, 0.0).verdict == "PASS"
+    assert judged(871, 1, 0.01).verdict == "PASS"
     short = judged(18, 1, 0.0)
     assert short.verdict == "INCONCLUSIVE"
     assert "one cluster of 18 samples gives 4 blocks" in short.why
-    least = next(n for n in itertools.count(18) if unit_count(n, 1) >= TRUSTED_UNITS)
+    least = next(n for n in itertools.count(18) if unit_count(n, 1) >= 30)
+    assert least == 871
     assert f"at least {least - 18} more samples" in short.why
 
 

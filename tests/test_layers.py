@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.text",),
     ("pipeline.api",),
     (
+        "pipeline.bundling",
         "pipeline.explaining",
         "pipeline.planning",
         "pipeline.measuring",

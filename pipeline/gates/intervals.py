@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 ALPHA = (1 - CONFIDENCE) / 2  # of each side
 TRUSTED_UNITS = 20
+TRUSTED_BLOCKS = 30  # of a single drive, which are not independent: with 20 of them, too many verdicts were wrong
 MOST_UNDEFINED = 0.05  # share of draws in which a metric may be undefined (a class that was not drawn)
 SLACK = 1e-9  # 0.66 - 0.63 is more than 0.03 in floating point
 

@@ -29,6 +29,8 @@ def judge_latency(record: RunRecord, gate: LatencyGate) -> list[Finding]:
     if gate.p99_ms is not None:
         allowed = tuple(kind for kind in gate.evidence if kind == "measured")
         findings.append(_judge_one(record, "latency.p99_ms", gate.p99_ms, allowed))
+    for part, limit in gate.parts.items():
+        findings.append(_judge_one(record, f"latency.{part}.mean_ms", limit, gate.evidence))
     return findings
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.gates.bootstrap import Condition, block_length, unit_count
-from fusepress.pipeline.gates.intervals import TRUSTED_UNITS, Floats, Interval, interval
+from fusepress.pipeline.gates.intervals import TRUSTED_BLOCKS, TRUSTED_UNITS, Floats, Interval, interval
 from fusepress.pipeline.store import atomic_write_bytes
 
 Direction = Literal["max", "min"]
@@ -55,7 +55,12 @@ class Replicates:
     @property
     def trusted(self) -> bool:
         """There are enough units for a bootstrap interval to hold what it promises."""
-        return self.units >= TRUSTED_UNITS
+        return self.units >= self.least_units
+
+    @property
+    def least_units(self) -> int:
+        """How many that takes."""
+        return TRUSTED_BLOCKS if self.clusters == 1 else TRUSTED_UNITS
 
     @property
     def note(self) -> str:

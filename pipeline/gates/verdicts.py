@@ -9,7 +9,7 @@ from scipy import stats as distributions
 
 from fusepress.pipeline.evidence import GateVerdict, Verdict
 from fusepress.pipeline.gates.bootstrap import unit_count
-from fusepress.pipeline.gates.intervals import ALPHA, MOST_UNDEFINED, SLACK, TRUSTED_UNITS, Interval
+from fusepress.pipeline.gates.intervals import ALPHA, MOST_UNDEFINED, SLACK, Interval
 from fusepress.pipeline.gates.replicates import Replicates
 
 RELATION = {"PASS": "within", "FAIL": "beyond", "INCONCLUSIVE": "on both sides of"}
@@ -62,18 +62,18 @@ def without_interval(gate: str, limit: float, value: float, what: str) -> Findin
 
 def too_few_units(replicates: Replicates) -> str:
     """Why the bootstrap is not trusted, and how many more samples it takes at least."""
-    samples, clusters = replicates.samples, replicates.clusters
+    samples, clusters, enough = replicates.samples, replicates.clusters, replicates.least_units
     if clusters == 1:
         least = samples
-        while unit_count(least, 1) < TRUSTED_UNITS:
+        while unit_count(least, 1) < enough:
             least += 1
         return (
-            f"one cluster of {samples} samples gives {replicates.units} blocks, and below {TRUSTED_UNITS} a bootstrap "
+            f"one cluster of {samples} samples gives {replicates.units} blocks, and below {enough} a bootstrap "
             f"is not trusted; evaluate on at least {least - samples:,} more samples, or name shorter scenes in `groups`"
         )
-    more = TRUSTED_UNITS - clusters
+    more = enough - clusters
     return (
-        f"there are only {clusters} clusters, and below {TRUSTED_UNITS} a bootstrap is not trusted; evaluate on at "
+        f"there are only {clusters} clusters, and below {enough} a bootstrap is not trusted; evaluate on at "
         f"least {more} more clusters (about {math.ceil(more * samples / clusters):,} samples)"
     )
 

@@ -1,0 +1,337 @@
+"""What can be checked of a bundle, without trust in it; and what cannot, which is said."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fusepress.pipeline.bundling.archive import ArchiveError, unpack
+from fusepress.pipeline.bundling.manifest import ABOVE, MANIFEST_JSON, Manifest, faults, read_limited, read_manifest
+from fusepress.pipeline.bundling.signature import check_signature, fingerprint, load_public_key
+from fusepress.pipeline.errors import FusepressError, StoreError, UsageError
+from fusepress.pipeline.evidence import RunRecord, read_run
+from fusepress.pipeline.gates import judge, load_baseline, load_replicates, overall
+from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.store import sha256_tree
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+Status = Literal["ok", "failed", "not checked"]
+
+# of the largest reference output: the same file on another CPU adds up in another order
+PARITY_RELATIVE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 2e-2, "fp8": 5e-2}
+SPOTS = 8  # faults that are named one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check, and what it found."""
+
+    name: str
+    status: Status
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What was found of a bundle.
+
+    Attributes:
+        name: of the run.
+        verdict: that the bundle states, judged again.
+        checks: in order.
+        not_checked: what no check here can tell.
+    """
+
+    name: str
+    verdict: str
+    checks: tuple[Check, ...]
+    not_checked: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return all(check.status != "failed" for check in self.checks)
+
+
+def verify_bundle(bundle: Path, *, key: Path | None = None) -> Verified:
+    """Check a bundle.
+
+    Args:
+        bundle: the archive, or a folder that it was unpacked into.
+        key: Ed25519 public key (PEM) that it must be signed with; without, a signature proves no origin.
+
+    Raises:
+        UsageError: there is no such file, or the key is none.
+    """
+    trusted = None if key is None else load_public_key(key)
+    with tempfile.TemporaryDirectory(prefix="fusepress-") as scratch:
+        try:
+            folder = open_bundle(bundle, Path(scratch))
+        except StoreError as error:
+            return Verified(name=bundle.name, verdict="unknown", checks=(Check("container", "failed", str(error)),))
+        return check_folder(folder, trusted)
+
+
+def open_bundle(bundle: Path, scratch: Path) -> Path:
+    """The folder of a bundle: unpacked into `scratch` where it is an archive.
+
+    Raises:
+        UsageError: there is no such file.
+        StoreError: the archive is damaged; the message names the file at which.
+    """
+    if bundle.is_dir():
+        return bundle
+    if not bundle.is_file():
+        raise UsageError(f"expected a bundle; got no file at {bundle}; correct the path")
+    folder = scratch / "bundle"
+    folder.mkdir()
+    try:
+        unpack(bundle, folder)
+    except ArchiveError as error:
+        raise StoreError(f"{error}, at {_entry_name(folder, error.index)}; fetch the bundle again") from error
+    return folder
+
+
+def _entry_name(folder: Path, index: int) -> str:
+    """The file that should be entry `index`, from the manifest that came before it."""
+    try:
+        listed = sorted(read_manifest(folder).files)
+    except StoreError:
+        return MANIFEST_JSON if index == 0 else f"entry {index}"
+    present = [name for name in ABOVE if (folder / name).is_file()]
+    if index < len(present):
+        return present[index]
+    # whether there is a signature shows in what was unpacked before the fault
+    place = index - len(present)
+    if not any((folder / name).is_file() for name in listed) and len(present) < len(ABOVE) and index == len(present):
+        return f"{ABOVE[index]} or {listed[0]}" if listed else ABOVE[index]
+    return listed[place] if place < len(listed) else "its end"
+
+
+def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
+    """Every check of an unpacked bundle. Those of the content are left out where the files are not the listed ones."""
+    try:
+        manifest = read_manifest(folder)
+    except StoreError as error:
+        return Verified(name=folder.name, verdict="unknown", checks=(Check("manifest", "failed", str(error)),))
+    wrong = faults(folder, manifest)
+    checks = [_hashes(manifest, wrong), _guarded("signature", lambda: _signature(folder, manifest, trusted))]
+    if wrong:
+        return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
+    try:
+        record = read_run(folder)
+    except FusepressError as error:
+        checks.append(Check("run record", "failed", str(error)))
+        return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
+    content: dict[str, Callable[[], Check]] = {
+        "run record": lambda: _record(folder, manifest, record),
+        "verdict": lambda: _verdict(folder, record),
+        "onnx": lambda: _onnx(folder, manifest),
+        "plan": lambda: _plan(folder, record),
+        "masks": lambda: _masks(folder, record),
+        "parity": lambda: _parity(folder, record),
+    }
+    checks += [_guarded(name, check) for name, check in content.items()]
+    return Verified(
+        name=manifest.name,
+        verdict=manifest.verdict,
+        checks=tuple(checks),
+        not_checked=_beyond(record),
+    )
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A check that meets what it did not expect has failed: a bundle may hold anything."""
+    try:
+        return check()
+    except FusepressError as error:
+        return Check(name, "failed", str(error))
+    except Exception as error:  # noqa: BLE001  parsers of other libraries, on bytes of a stranger
+        return Check(name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _hashes(manifest: Manifest, wrong: dict[str, str]) -> Check:
+    if not wrong:
+        return Check("hashes", "ok", f"{len(manifest.files)} files are those of the manifest (SHA-256)")
+    named = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:SPOTS])
+    more = f"; and {len(wrong) - SPOTS} more" if len(wrong) > SPOTS else ""
+    return Check("hashes", "failed", f"{named}{more}; fetch the bundle again")
+
+
+def _signature(folder: Path, manifest: Manifest, trusted: Ed25519PublicKey | None) -> Check:
+    by = check_signature(folder, manifest.to_bytes(), trusted)
+    if by is None:
+        return Check("signature", "not checked", "the bundle is not signed")
+    if trusted is None:
+        why = f"whole, by the key {fingerprint(by)} that lies in the bundle; whose it is, --key PUBLIC.pem tells"
+        return Check("signature", "not checked", why)
+    return Check("signature", "ok", f"by the key {fingerprint(by)} that you gave")
+
+
+def _record(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
+    told = (record.name, record.target, str(record.verdict), record.fusepress)
+    if told != (manifest.name, manifest.target, manifest.verdict, manifest.fusepress):
+        raise StoreError("expected run.json to tell what the manifest tells; got another name, target or verdict")
+    for name, artifact in record.artifacts.items():
+        path = folder / artifact.path
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise StoreError(f"expected the {name} within the bundle; got the path {artifact.path!r} in run.json")
+        if not path.exists() or sha256_tree(path) != artifact.sha256:
+            raise StoreError(f"expected the {name} that run.json names; got other bytes at {artifact.path}")
+    return Check("run record", "ok", f"{len(record.artifacts)} artifacts are those that run.json names")
+
+
+def _verdict(folder: Path, record: RunRecord) -> Check:
+    """Judge again from the stored replicates."""
+    gates = load_recipe(folder / "recipe.json").recipe.gates
+    replicates = load_replicates(folder / record.artifacts["replicates"].path)
+    baseline = load_baseline(folder / "baseline.json") if gates.release is not None else None
+    again = judge(record, replicates, gates, record.task["metrics"], baseline=baseline)
+    stored = [verdict for stage in record.stages for verdict in stage.verdicts]
+    told = {v.gate: v.verdict for v in stored}
+    found = {v.gate: v.verdict for v in again}
+    verdict, why = overall(again)
+    if told != found or verdict != record.verdict:
+        differing = sorted(g for g in told.keys() | found.keys() if told.get(g) != found.get(g)) or ["the whole"]
+        raise StoreError(
+            f"expected the verdicts that the stored figures give; got others at {', '.join(differing[:SPOTS])}: judged "
+            f"again it is {verdict}, run.json says {record.verdict}"
+        )
+    return Check("verdict", "ok", f"{verdict} again from the stored replicates: {why[:160]}")
+
+
+def _onnx(folder: Path, manifest: Manifest) -> Check:
+    import onnx
+
+    files = [name for name in manifest.files if name.endswith(".onnx")]
+    for name in files:
+        proto = onnx.load(str(folder / name), load_external_data=False)
+        outside = [t.name for t in _tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+        if outside:
+            raise StoreError(f"expected weights within the file; got {outside[0]!r} outside of it at {name}")
+        onnx.checker.check_model(proto, full_check=True)
+    return Check("onnx", "ok", f"{len(files)} files pass the ONNX checker with shape inference")
+
+
+def _tensors(graph: Any) -> list[Any]:
+    """Every tensor of a graph and the graphs within its nodes."""
+    found = list(graph.initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            found += [attribute.t, *attribute.tensors]
+            for inner in [attribute.g, *attribute.graphs]:
+                found += _tensors(inner)
+    return found
+
+
+def _plan(folder: Path, record: RunRecord) -> Check:
+    """The weights have the widths that the plan names."""
+    from safetensors import safe_open
+
+    from fusepress.pipeline.graph.plan import PrunePlan
+
+    if "plan" not in record.artifacts or "checkpoint" not in record.artifacts:
+        return Check("plan", "not checked", "the run did not prune")
+    plan = PrunePlan.read(folder / record.artifacts["plan"].path)
+    kept: dict[tuple[str, int], int] = {}
+    for group in plan.groups:
+        for member in group.members:
+            channels = len(group.kept or group.stand_in) * member.stride
+            kept[member.param, member.dim] = kept.get((member.param, member.dim), 0) + channels
+    with safe_open(folder / record.artifacts["checkpoint"].path, framework="numpy") as weights:
+        names = set(weights.keys())
+        for (param, dim), channels in kept.items():
+            if param not in names:
+                raise StoreError(f"expected the parameter {param!r} that the plan names; got none in the checkpoint")
+            size = weights.get_slice(param).get_shape()[dim]
+            if size < channels:
+                raise StoreError(f"expected {channels} channels of {param!r} (dimension {dim}); got {size}")
+    return Check("plan", "ok", f"{len(plan.groups)} groups of channels have their planned widths in the checkpoint")
+
+
+def _masks(folder: Path, record: RunRecord) -> Check:
+    """Masked weights are zero, and a 2:4 file has as many layers of that pattern as it was released with."""
+    from safetensors.numpy import load_file
+
+    if "masks" not in record.artifacts:
+        return Check("masks", "not checked", "the run did not sparsify")
+    masks = load_file(folder / record.artifacts["masks"].path)
+    weights = load_file(folder / record.artifacts["checkpoint"].path)
+    for name, mask in masks.items():
+        if name not in weights or weights[name].shape != mask.shape:
+            raise StoreError(
+                f"expected a weight of shape {mask.shape} for the mask {name!r}; got none in the checkpoint"
+            )
+        revived = int(np.count_nonzero(weights[name][mask == 0]))
+        if revived:
+            raise StoreError(f"expected masked weights to be zero; got {revived} others in {name!r}")
+    note = ""
+    if load_recipe(folder / "recipe.json").recipe.wants_2to4:
+        from fusepress.export.sparsity import check_sparsity_2to4
+
+        found = len(check_sparsity_2to4(folder / record.artifacts["onnx"].path).valid_layers)
+        if found == 0:
+            raise StoreError("expected layers with the 2:4 pattern in the released ONNX; got none")
+        note = f"; {found} layers of the released ONNX are 2:4"
+    return Check("masks", "ok", f"{len(masks)} masks hold in the checkpoint{note}")
+
+
+def _parity(folder: Path, record: RunRecord) -> Check:
+    """The released ONNX gives the reference outputs from the reference inputs, on ONNX Runtime here."""
+    from safetensors.numpy import load_file
+
+    from fusepress.export.runtime import OnnxSession
+
+    tensors = load_file(folder / record.artifacts["references"].path)
+    inputs = {name.removeprefix("inputs/"): t for name, t in tensors.items() if name.startswith("inputs/")}
+    expected = {name.removeprefix("outputs/"): t for name, t in tensors.items() if name.startswith("outputs/")}
+    integer_kernels = record.target_profile.get("family") == "host"
+    session = OnnxSession(folder / record.artifacts["onnx"].path, integer_kernels=integer_kernels)
+    found = session.run_numpy(inputs)
+    if set(found) != set(expected) or not expected:
+        raise StoreError(f"expected the outputs {sorted(expected)}; got {sorted(found)} from the released ONNX")
+    limit = PARITY_RELATIVE[record.final_precision or "fp32"]
+    worst = 0.0
+    for name, reference in expected.items():
+        if found[name].shape != reference.shape or not np.isfinite(found[name]).all():
+            raise StoreError(f"expected {name!r} of shape {reference.shape}, finite; got {found[name].shape}")
+        largest = max(float(np.abs(reference).max(initial=0.0)), 1e-12)
+        away = np.abs(found[name].astype(np.float64) - reference)
+        worst = max(worst, float(away.max(initial=0.0)) / largest)
+    samples = next(iter(inputs.values())).shape[0]
+    if worst > limit:
+        raise StoreError(f"expected the reference outputs within {limit:g} of the largest; got {worst:.2g} away")
+    return Check(
+        "parity", "ok", f"reference outputs of {samples} samples again, at most {worst:.2g} of the largest away"
+    )
+
+
+def _beyond(record: RunRecord) -> tuple[str, ...]:
+    """What no file can prove."""
+    notes = [
+        "that the figures are of the data they name: neither data nor task are in the bundle (see reproduce)",
+        "latencies, which belong to the machine they were measured or predicted for",
+    ]
+    if "engine" in record.artifacts:
+        notes.append("the engine: it is compiled code, hashed here and not loaded")
+    if "build_kit" in record.artifacts:
+        notes.append("the build kit's scripts: hashed here and not run")
+    return tuple(notes)
+
+
+def to_json(found: Verified) -> str:
+    """As outside tools read it."""
+    checks = [{"name": c.name, "status": c.status, "why": c.why} for c in found.checks]
+    plain = {"schema": 1, "name": found.name, "verdict": found.verdict, "ok": found.ok}
+    return json.dumps(plain | {"checks": checks, "not_checked": list(found.not_checked)}, indent=1)
+
+
+__all__ = ["Check", "Verified", "check_folder", "open_bundle", "read_limited", "to_json", "verify_bundle"]
