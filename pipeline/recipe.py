@@ -451,7 +451,13 @@ class AccuracyGate(Section):
 
 
 class LatencyGate(Section):
-    """Limits in milliseconds. `p99_ms` counts with measured evidence only."""
+    """Limits in milliseconds. `p99_ms` counts with measured evidence only.
+
+    Attributes:
+        parts: limits of mean latencies of branches, of `rest` (fusion and heads), each as an engine of its own, and of
+            `e2e`: the pipeline from them and the task's stages outside the network.
+        schedule: whether branches run one after the other or at the same time, for `e2e`.
+    """
 
     mean_ms: float | None = Field(default=None, gt=0)
     p99_ms: float | None = Field(default=None, gt=0)
@@ -459,8 +465,10 @@ class LatencyGate(Section):
 
     @model_validator(mode="after")
     def _some_limit(self) -> LatencyGate:
-        if self.mean_ms is None and self.p99_ms is None:
-            raise ValueError("expected `mean_ms` or `p99_ms`; give the limit in milliseconds")
+    parts: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    schedule: Literal["serial", "parallel"] = "serial"
+        if self.mean_ms is None and self.p99_ms is None and not self.parts:
+            raise ValueError("expected `mean_ms` or `p99_ms` (or `parts`); give the limit in milliseconds")
         if self.p99_ms is not None and self.mean_ms is None and "measured" not in self.evidence:
             raise ValueError("expected measured evidence for `p99_ms`; a prediction has no tail")
         return self
