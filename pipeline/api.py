@@ -597,8 +597,6 @@ def _finished(folder: Path) -> RunRecord:
     return record
 
 
-def report(run: str | Path) -> Path:
-    """Write the reports of a run folder again; returns the HTML file."""
 def bundle(
     run: str | Path,
     out: str | Path | None = None,
@@ -673,6 +671,8 @@ def reproduce(
     return reproduce_bundle(Path(bundle), make_context(loaded, reporter or Reporter()))
 
 
+def report(run: str | Path) -> Path:
+    """Write the reports of a run folder again; returns the HTML file."""
     folder = Path(run)
     read_run(folder)
     write_reports(folder)

@@ -432,6 +432,54 @@ def targets_predict(model: Path, target: str, precision: Any, mode: str | None, 
     return 0
 
 
+@targets.command("fit")
+@click.argument("measurements", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Profile to write [TARGET.yaml beside MEASUREMENTS].")
+@_json_option
+def targets_fit(measurements: Path, out: Path | None, as_json: bool) -> int:
+    """Refine the prediction for a device with latencies that you measured, as a profile that wins beside a recipe."""
+    from fusepress.pipeline.store import atomic_write_text
+    from fusepress.pipeline.text import fit_json, fit_lines
+    from fusepress.targets.fit import measured_rows, overlay_text, read_measurements, refine
+    from fusepress.targets.profile import load_profile
+
+    given = read_measurements(measurements)
+    profile = load_profile(given.target)
+    path = out or measurements.parent / f"{profile.name}.yaml"
+    if path.exists():
+        raise UsageError(f"expected a new file; got {path}, which exists; name another with --out or remove it")
+    rows = measured_rows(given, measurements.parent, profile)
+    fit = refine(rows, profile)
+    atomic_write_text(path, overlay_text(profile, fit, f"fusepress targets fit {measurements.name}", rows))
+    if as_json:
+        click.echo(json.dumps({**fit_json(fit, len(rows)), "profile": str(path)}, indent=1))
+    else:
+        _print_lines([*fit_lines(fit, len(rows)), f"wrote {path}"])
+    return 0
+
+
+@targets.command("doctor")
+@click.argument("host")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="In place of your own ssh configuration.")
+@click.option("--target", help="What the device should be.")
+@click.option("--mode", help="Power mode that latency is judged in [the profile's default].")
+@_json_option
+def targets_doctor(host: str, ssh_config: Path | None, target: str | None, mode: str | None, as_json: bool) -> int:
+    """Look at the device HOST over SSH: is a latency that is measured there worth something? Exit code 3 if not."""
+    from fusepress.pipeline.on_device import DeviceSettings, examine_device
+    from fusepress.pipeline.text import doctor_lines
+    from fusepress.targets.profile import load_profile
+
+    profile = load_profile(target) if target is not None else None
+    facts, findings = examine_device(DeviceSettings(host=host, ssh_config=ssh_config), profile, mode)
+    if as_json:
+        found = [{"level": f.level, "what": f.what, "text": f.text} for f in findings]
+        click.echo(json.dumps({"device": facts.to_dict(), "findings": found}, indent=1))
+    else:
+        _print_lines(doctor_lines(facts, findings))
+    return EXIT_GATE_FAILED if any(f.level == "refuse" for f in findings) else 0
+
+
 def _self_test(out: Path, seconds: float, as_json: bool) -> int:
     from fusepress.pipeline import api
     from fusepress.pipeline.console import Reporter

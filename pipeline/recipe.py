@@ -461,12 +461,12 @@ class LatencyGate(Section):
 
     mean_ms: float | None = Field(default=None, gt=0)
     p99_ms: float | None = Field(default=None, gt=0)
+    parts: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    schedule: Literal["serial", "parallel"] = "serial"
     evidence: tuple[Literal["measured", "predicted"], ...] = ("measured", "predicted")
 
     @model_validator(mode="after")
     def _some_limit(self) -> LatencyGate:
-    parts: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    schedule: Literal["serial", "parallel"] = "serial"
         if self.mean_ms is None and self.p99_ms is None and not self.parts:
             raise ValueError("expected `mean_ms` or `p99_ms` (or `parts`); give the limit in milliseconds")
         if self.p99_ms is not None and self.mean_ms is None and "measured" not in self.evidence:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from fusepress.export.explain import Explanation
     from fusepress.pipeline.api import Measured, Outcome
-    from fusepress.targets.predict import Prediction
     from fusepress.pipeline.bundling.make import Bundle
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
     from fusepress.targets.doctor import DeviceFacts, Finding
     from fusepress.targets.fit import PersonalFit
+    from fusepress.targets.predict import Prediction
     from fusepress.targets.profile import Profile
 
 OPERATOR_BASIS = {
@@ -79,7 +79,6 @@ def _first_sentence(why: str) -> str:
     return why if len(why) <= 160 else why[:157] + "..."
 
 
-def measured_lines(measured: Measured) -> list[str]:
 def bundle_lines(bundle: Bundle) -> list[str]:
     """A bundle that was written."""
     size_mib = bundle.path.stat().st_size / 2**20
@@ -104,6 +103,7 @@ def reproduced_lines(found: Sequence[Reproduced]) -> list[str]:
     return [*lines, f"different: {', '.join(differing)}" if differing else "reproduced"]
 
 
+def measured_lines(measured: Measured) -> list[str]:
     """Latency on this host, and the verdicts of the budgets."""
     lines = [_measurement_line(m) for m in measured.measurements]
     lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]
