@@ -233,9 +233,11 @@ def latency_result(
     precision: str | None,
     artifact_sha256: str,
     prefix: str = "latency",
+    runtime: str = "onnxruntime-cpu",
+    note: str | None = None,
 ) -> list[Measurement]:
-    """A LatencyMeasurement as records."""
-    note = None if result.stable else f"unstable: coefficient of variation {100 * result.cov:.1f} %"
+    """A LatencyMeasurement as records; without a `note`, an unstable one is noted."""
+    unstable = None if result.stable else f"unstable: coefficient of variation {100 * result.cov:.1f} %"
     rows = [
         ("mean_ms", result.mean_ms, result.mean_low_ms, result.mean_high_ms),
         ("p50_ms", result.p50_ms, result.p50_low_ms, result.p50_high_ms),
@@ -252,11 +254,11 @@ def latency_result(
             kind="measured",
             device=device,
             power_mode=power_mode,
-            runtime="onnxruntime-cpu",
+            runtime=runtime,
             precision=precision,
             artifact_sha256=artifact_sha256,
             batch=1,
-            note=note,
+            note=unstable if note is None else note,
         )
         for name, value, low, high in rows
     ]
