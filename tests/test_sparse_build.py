@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from fusepress.export import engine_run
 from fusepress.export.engine import BuildOptions, build_rtx_engine, build_tensorrt_engine
 from fusepress.export.engine_run import EngineSession
+from fusepress.export.engine_spread import time_builds
 from fusepress.export.inspector import EngineLayer
 from fusepress.export.sparse_build import (
     METRIC_TOLERANCE,
@@ -35,7 +36,7 @@ from fusepress.pipeline.stages import build as build_stage
 from fusepress.pipeline.store import sha256_file
 from fusepress.pipeline.task import Batch, LoadedTask, TaskSource
 from fusepress.targets import measure
-from fusepress.targets.measure import Speedup
+from fusepress.targets.measure import Speedup, measure_interleaved
 from fusepress.targets.profile import load_profile
 from tests.doubles import play_tensorrt
 from tests.onnx_graphs import Graph
@@ -192,7 +193,9 @@ def test_the_faster_engine_is_kept(
     out, work = tmp_path / "out", tmp_path / "work"
     context = _context(model)
     assert build_stage._builds_here(context)
-    details = build_stage.Build._on_the_device(context, out, work).details
+    out.mkdir()
+    made = build_stage.Build._on_the_device(context, out, work)
+    details = made.details
     shown = details["sparsity"]
     assert shown["2:4"].startswith(f"{decision}: ")
     assert (shown["valid in the ONNX"], shown["eligible in the build log"], shown["picked by a tactic"]) == (2, 2, 1)
@@ -203,6 +206,68 @@ def test_the_faster_engine_is_kept(
     plan = json.loads((out / "model.engine").read_bytes())
     assert (2 in plan["flags"]) == (decision == "kept")
     assert details["engine"]["sha256"] == sha256_file(out / "model.engine")
+    assert sorted(path.name for path in out.iterdir()) == ["model.engine", "model.layers.json", "model.log"]
+    # several builds, and the latency of the one that is kept: of the GPU that ran it, whatever the target is called
+    assert (details["builds"]["builds"], details["builds"]["different engines"]) == (3, 1)
+    assert details["builds"]["mean_ms of each"] == [1.0] * 3
+    mean = next(m for m in made.measurements if m.name == "latency.mean_ms")
+    assert (mean.value, mean.kind, mean.device, mean.power_mode) == (1.0, "measured", "Orin", None)
+    assert mean.artifact_sha256 == details["engine"]["sha256"]
+    assert mean.runtime == "tensorrt 10.3.0"
+    assert mean.note is not None
+    assert mean.note.startswith("timed on the GPU that built it, by code that was not executed by us")
+    assert mean.n is not None
+    assert mean.n > 4
+    assert details["engine"]["executed"] is True
+
+
+@pytest.mark.usefixtures("double")
+def test_an_engine_that_does_not_run_here_is_said_to_have_no_latency(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> EngineSession:
+        raise BuildError(f"expected an engine that this GPU can load; got another at {path}; build it here")
+
+    monkeypatch.setattr(engine_run, "EngineSession", refuse)
+    context = _context(model)
+    context.recipe.wants_2to4 = False
+    (tmp_path / "out").mkdir()
+    made = build_stage.Build._on_the_device(context, tmp_path / "out", tmp_path / "work")
+    assert made.measurements == []
+    assert made.details["executed"] is False
+    assert made.details["engine"]["executed"] is False
+    assert made.details["not timed"].startswith("expected an engine that this GPU can load")
+    assert (tmp_path / "out/model.engine").is_file()
+
+
+def test_of_several_builds_the_fastest_is_kept_and_equal_bytes_are_timed_once(tmp_path: Path) -> None:
+    timed: list[str] = []
+
+    def engine(name: str, sha256: str) -> Any:
+        return SimpleNamespace(path=tmp_path / name, sha256=sha256)
+
+    ticks = {"s1": 3_000_000, "s2": 1_500_000}
+    now = [0]
+
+    def callable_of(built: Any) -> Any:
+        timed.append(built.path.name)
+
+        def run() -> None:
+            now[0] += ticks[built.sha256]
+
+        return run
+
+    spread = time_builds(
+        [engine("a", "s1"), engine("b", "s2"), engine("c", "s1")],
+        callable_of,
+        lambda runs: measure_interleaved(runs, max_seconds=0.2, clock=lambda: now[0]),
+    )
+    assert timed == ["a", "b"]
+    assert spread.fastest.path.name == "b"
+    assert spread.mean_ms == (3.0, 1.5, 3.0)
+    assert spread.relative == pytest.approx(1.0)
+    shown = spread.to_dict()
+    assert (shown["builds"], shown["different engines"], shown["slowest over fastest"]) == (3, 2, "+100.0 %")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusepress.pipeline.errors import BuildError
+from fusepress.pipeline.errors import BuildError, MeasureError
 from fusepress.pipeline.evaluate import evaluate
+from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, NoLatency, StageOutput, key_parts
 from fusepress.pipeline.store import KeyParts
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 ENGINE = "model.engine"
 NOT_EXECUTED_BY_US = "built by TensorRT on this machine, by code that was not executed by us: compare it with the kit"
+TIMED_BY_CODE_NOT_EXECUTED_BY_US = "timed on the GPU that built it, by code that was not executed by us"
 REFERENCE_SAMPLES = 2
+BUILDS = 3  # where they can be timed: what a builder chooses differs from build to build
 TRIAL_SECONDS = 20.0
 BUILD_TIMEOUT_S = 3600  # a Jetson times every kernel itself
 
@@ -29,7 +32,7 @@ class Build(NoLatency):
     """TensorRT-RTX ahead of time for desktop targets, a build kit for Jetson, DRIVE and other TensorRT targets."""
 
     name = "build"
-    version = 3
+    version = 4
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -63,7 +66,11 @@ class Build(NoLatency):
         if not _builds_here(ctx):
             return kit
         here = self._on_the_device(ctx, out, work)
-        return StageOutput(details=kit.details | here.details, artifacts=kit.artifacts | here.artifacts)
+        return StageOutput(
+            details=kit.details | here.details,
+            artifacts=kit.artifacts | here.artifacts,
+            measurements=here.measurements,
+        )
 
     @staticmethod
     def _ahead_of_time(ctx: Context, out: Path, work: Path) -> StageOutput:
@@ -98,27 +105,35 @@ class Build(NoLatency):
 
     @staticmethod
     def _on_the_device(ctx: Context, out: Path, work: Path) -> StageOutput:
-        """TensorRT and the target's GPU are here: build, and try 2:4 against the same file without it."""
+        """TensorRT and the target's GPU are here: build, try 2:4 against the same file without it, and time it."""
         from fusepress.export.engine import build_tensorrt_engine
 
         onnx = ctx.artifacts["onnx"]
+
+        def build(name: str, options: BuildOptions) -> EngineInfo:
+            return build_tensorrt_engine(onnx, work / name / ENGINE, options=options, progress=_progress(ctx))
+
         ctx.reporter.update(0.1, "building the TensorRT engine")
-        info = build_tensorrt_engine(onnx, out / ENGINE, options=_options(ctx), progress=_progress(ctx))
+        first = build("plain", _options(ctx))
         details: dict[str, Any] = {"executed": False, "note": NOT_EXECUTED_BY_US}
         if _is_2to4(ctx):
-            options = _options(ctx, sparse=True)
-            sparse = build_tensorrt_engine(onnx, work / ENGINE, options=options, progress=_progress(ctx))
-            verdict = _trial(ctx, info, sparse)
+            sparse = build("sparse", _options(ctx, sparse=True))
+            verdict = _trial(ctx, first, sparse)
             details |= {
                 "executed": verdict.speedup is not None,
                 "sparsity": _counts(ctx, sparse).to_dict() | verdict.to_dict(),
             }
-            if verdict.decision == "kept":
-                for path in (sparse.path, sparse.log_path, sparse.layers_path):
-                    if path is not None:
-                        shutil.copyfile(path, out / path.name)
-                info = replace(sparse, path=out / ENGINE)
-        return StageOutput(details=details | {"engine": info.to_dict()}, artifacts={"engine": ENGINE})
+            first = sparse if verdict.decision == "kept" else first
+        # a timing cache would only repeat the choices of the first build
+        anew = replace(first.options, timing_cache_folder=None)
+        builds = [first, *(build(f"again{number}", anew) for number in range(1, BUILDS))]
+        kept, told, measurements = _timed(ctx, builds)
+        for path in (kept.path, kept.log_path, kept.layers_path):
+            if path is not None:
+                shutil.copyfile(path, out / path.name)
+        info = replace(kept, path=out / ENGINE, executed="builds" in told)
+        details |= told | {"executed": details["executed"] or info.executed, "engine": info.to_dict()}
+        return StageOutput(details=details, artifacts={"engine": ENGINE}, measurements=measurements)
 
     def _kit(self, ctx: Context, out: Path) -> StageOutput:
         from fusepress.export.bundle import write_build_kit
@@ -229,6 +244,39 @@ def _counts(ctx: Context, built: EngineInfo | None) -> SparseCounts:
     if built is None:
         return count_sparse(report, None)
     return count_sparse(report, built.log_path.read_text(errors="replace"), built.layers)
+
+
+def _timed(ctx: Context, builds: list[EngineInfo]) -> tuple[EngineInfo, dict[str, Any], list[Measurement]]:
+    """The fastest of several builds, their spread, and its latency; the first one and why where none runs here."""
+    from fusepress.export.builder import gpu
+    from fusepress.export.engine_run import EngineSession
+    from fusepress.export.engine_spread import time_builds
+    from fusepress.targets.measure import measure_interleaved
+
+    inputs = common.example_inputs(ctx)
+    try:
+        spread = time_builds(
+            builds,
+            lambda engine: EngineSession(engine.path).timed_callable(inputs),
+            lambda runs: measure_interleaved(runs, max_seconds=TRIAL_SECONDS),
+        )
+        kept = spread.fastest
+        session = EngineSession(kept.path)
+        alone = measure_interleaved({"engine": session.timed_callable(inputs)}, max_seconds=TRIAL_SECONDS)
+    except (BuildError, MeasureError) as error:
+        return builds[0], {"not timed": str(error)}, []
+    timed = alone.runs["engine"]
+    # the GPU that is here by its own name: nothing proves that it is the target in its power mode, so no gate counts it
+    measurements = common.latency_result(
+        timed,
+        device=str(gpu()["name"]),
+        power_mode=None,
+        precision=ctx.final_precision,
+        artifact_sha256=kept.sha256,
+        runtime=f"{kept.runtime} {kept.runtime_version}",
+        note=TIMED_BY_CODE_NOT_EXECUTED_BY_US + ("" if timed.stable else "; unstable"),
+    )
+    return kept, {"builds": spread.to_dict()}, measurements
 
 
 def _trial(ctx: Context, plain: EngineInfo, sparse: EngineInfo) -> SparseVerdict:
