@@ -4,8 +4,9 @@
 
 Three files of each network, run by ONNX Runtime's integer kernels: the exported one in FP32; INT8 where the ladder
 ends, with a float32 remainder, its Q/DQ in front of layers as TensorRT fuses it; and that file with unsigned numbers
-behind Relus (fusepress.export.unsigned). Means of the same rounds with 95 % intervals of a block bootstrap; medians of
-a profile by node say which layers ran in integers, which in floating point, and what conversions are left at run time.
+behind Relus (fusepress.export.unsigned). Means of the same rounds with 95 % intervals of a block bootstrap, once by the
+wall clock and once by the processor time of this process, which other work on the machine stretches less; medians of a
+profile by node say which layers ran in integers, which in floating point, and what conversions are left at run time.
 The metric is of the same integer kernels on the whole eval split. Writes benchmarks/results/quantize/latency.json and
 .md.
 """
@@ -13,12 +14,13 @@ The metric is of the same integer kernels on the whole eval split. Writes benchm
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.quantize.files import Bench, Json, benches, markdown, parser, write_result
 
@@ -73,18 +75,41 @@ def metric_of(bench: Bench, path: Path) -> Json:
     return evaluate(bench.network.task, lambda inputs: session(inputs), "eval").metrics
 
 
-def run(bench: Bench, seconds: float) -> Json:
-    """One network: its files in turns, then each by node."""
-    from fusepress.export.node_times import node_times
+def in_turns(bench: Bench, files: Mapping[str, Path], seconds: float, clock: Callable[[], int]) -> Any:
+    """The files of a network, timed in turns by a clock."""
     from fusepress.export.runtime import OnnxSession
     from fusepress.pipeline.task import first_batch
     from fusepress.targets.measure import measure_interleaved
 
     inputs = first_batch(bench.network.task, "calib", size=1).inputs
-    files = {"fp32": bench.source, "int8": bench.released("fp32"), "int8 unsigned": unsigned(bench)}
     sessions = {name: OnnxSession(path, bench.threads, integer_kernels=True) for name, path in files.items()}
     timed = {name: session.timed_callable(inputs) for name, session in sessions.items()}
-    measured = measure_interleaved(timed, max_seconds=seconds)
+    return measure_interleaved(timed, max_seconds=seconds, clock=clock)
+
+
+def files_of(bench: Bench) -> dict[str, Path]:
+    """What is compared."""
+    return {"fp32": bench.source, "int8": bench.released("fp32"), "int8 unsigned": unsigned(bench)}
+
+
+def processor_time(bench: Bench, seconds: float) -> Json:
+    """Mean milliseconds of this process's processor time by file, and the speed-up."""
+    measured = in_turns(bench, files_of(bench), seconds, time.process_time_ns)
+    return {
+        name: {"mean_ms": row.mean_ms, "low_ms": row.mean_low_ms, "high_ms": row.mean_high_ms, "n": row.n}
+        | {"speedup": list(astuple(measured.speedup("fp32", name)))}
+        for name, row in measured.runs.items()
+    }
+
+
+def run(bench: Bench, seconds: float) -> Json:
+    """One network: its files in turns, then each by node."""
+    from fusepress.export.node_times import node_times
+    from fusepress.pipeline.task import first_batch
+
+    inputs = first_batch(bench.network.task, "calib", size=1).inputs
+    files = files_of(bench)
+    measured = in_turns(bench, files, seconds, time.perf_counter_ns)
     metric, rows = bench.network.task.primary, {}
     for name, row in measured.runs.items():
         faster = measured.speedup("fp32", name)
@@ -118,11 +143,16 @@ def table(networks: dict[str, Json]) -> list[str]:
         for file, row in found["files"].items():
             value, low, high = row["speedup"]
             kinds = [row["nodes"]["kinds"][kind] for kind in ("integer", "floating", "conversion", "other")]
-            mean = f"{row['mean_ms']:.2f} ({row['low_ms']:.2f} to {row['high_ms']:.2f})"
-            median, speedup = f"{row['p50_ms']:.2f}", f"{value:.2f} ({low:.2f} to {high:.2f})"
+            mean = f"{row['mean_ms']:.1f} ({row['low_ms']:.1f} to {row['high_ms']:.1f})"
+            speedup = f"{value:.2f} ({low:.2f} to {high:.2f})"
+            own = found["processor_time"][file]
+            value, low, high = own["speedup"]
+            cpu = f"{own['mean_ms']:.1f} ({own['low_ms']:.1f} to {own['high_ms']:.1f})"
+            by_cpu = f"{value:.2f} ({low:.2f} to {high:.2f})"
             parts = [f"{count}: {ms:.2f} ms" for count, ms in kinds]
-            rows.append([name, file, mean, median, speedup, str(row["n"]), *parts, f"{row[found['metric']]:.4f}"])
-    timed = ("Mean, ms (95 %) ", "Median, ms ", "Speed-up (95 %) ", "n ")
+            counts = f"{row['n']}, {own['n']}"
+            rows.append([name, file, mean, speedup, cpu, by_cpu, counts, *parts, f"{row[found['metric']]:.4f}"])
+    timed = ("Mean, ms (95 %) ", "Speed-up ", "Processor time, ms ", "Speed-up by it ", "n ")
     nodes = ("Integer layers ", "Float layers ", "Conversions ", "Other nodes ")
     return markdown(("Network", "File", *timed, *nodes, "Metric "), rows)
 
@@ -133,10 +163,11 @@ def main() -> int:
     arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
-    networks = {
-        bench.network.name: bench.cell("latency", partial(run, bench, arguments.seconds))
-        for bench in benches(arguments)
-    }
+    networks = {}
+    for bench in benches(arguments):
+        cpu = bench.cell("processor-time", partial(processor_time, bench, arguments.seconds / 4))
+        row = bench.cell("latency", partial(run, bench, arguments.seconds))
+        networks[bench.network.name] = row | {"processor_time": cpu}
     result = {
         "command": "python -m benchmarks.quantize.latency --data DRIVE --networks " + " ".join(networks),
         "tools": tool_versions("onnx", "onnxruntime-gpu", "numpy"),
