@@ -40,7 +40,8 @@ def split_branches(path: Path, branches: Mapping[str, Sequence[str]], folder: Pa
     _check_apart(model.graph, owner, producer, branches, path)
     crossing = _crossing(model, owner, producer)
     extractor = Extractor(model)
-    parts, inputs = {}, {value.name for value in model.graph.input}
+    parts: dict[str, Path] = {}
+    inputs = {value.name for value in model.graph.input}
     for branch in branches:
         ends = [name for name, owner_of in crossing.items() if owner_of == branch]
         needed = _needed_inputs(model.graph, producer, ends, inputs, set())

@@ -111,7 +111,7 @@ def write_build_kit(
         shutil.copyfile(onnx_path, aside / "model.onnx")
         if dense_onnx is not None:
             shutil.copyfile(dense_onnx, aside / "dense.onnx")
-        listed = _write_references(aside, references, onnx_path, major=tensorrt_version(version)[0])
+        listed = write_references(aside, references, onnx_path, major=tensorrt_version(version)[0])
         plans = _plans(sparse=sparse, dense=dense_onnx is not None)
         notes = _notes(profile, version, sparse=sparse)
         texts = {
@@ -164,9 +164,20 @@ def _plans(*, sparse: bool, dense: bool) -> list[tuple[str, str, bool]]:
     return plans
 
 
-def _write_references(
+def write_references(
     folder: Path, references: Sequence[Reference], onnx_path: Path, *, major: int
 ) -> list[dict[str, Any]]:
+    """Write inputs and outputs as raw little-endian files, and list them as `references.json` does.
+
+    Args:
+        folder: where `references/` goes.
+        references: (inputs, outputs) of the model, one sample each; outputs may be empty.
+        onnx_path: the model.
+        major: of TensorRT; before 10 it binds int64 as int32.
+
+    Raises:
+        ExportError: an input is missing, or a tensor has another shape than the model's.
+    """
     info = describe_onnx(onnx_path)
     listed = []
     for index, (inputs, outputs) in enumerate(references):

@@ -8,7 +8,7 @@ import os
 import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.on_device import DeviceSettings
     from fusepress.pipeline.stages.base import Context
     from fusepress.pipeline.task import LoadedTask, Split
+    from fusepress.targets.critical_path import Schedule
 
 RECIPE_JSON = "recipe.json"
 BASELINE_JSON = "baseline.json"  # the stored release that a run was judged against
@@ -436,7 +437,8 @@ def new_record(ctx: Context, folder: Path, command: str) -> RunRecord:
             "latency_validated": ctx.profile.latency_validated,
             "unconfirmed": list(ctx.profile.unconfirmed),
         },
-        task={"name": ctx.task.name, "metrics": dict(ctx.task.metrics), "branches": ctx.task.branches},
+        task={"name": ctx.task.name, "metrics": dict(ctx.task.metrics), "branches": ctx.task.branches}
+        | ({"outside": ctx.task.outside} if ctx.task.outside else {}),
         environment={
             "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}",
@@ -713,7 +715,7 @@ def explain(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What `measure` found on this host.
+    """What `measure` found, on this host or on a device.
 
     Attributes:
         measurements: mean, p50 and p99 in milliseconds.
@@ -728,26 +730,57 @@ class Measured:
     record: RunRecord | None = None
 
 
-def measure(what: str | Path, *, budgets: Sequence[str] = (), seconds: float = 10.0) -> Measured:
-    """Measure an ONNX file, or the released ONNX of a run, on this host with ONNX Runtime.
+def measure(
+    what: str | Path,
+    *,
+    budgets: Sequence[str] = (),
+    seconds: float = 10.0,
+    arrivals: Arrivals | None = None,
+    device: DeviceSettings | None = None,
+    target: str | None = None,
+    precision: str | None = None,
+    parts: Schedule | None = None,
+    reporter: Reporter | None = None,
+) -> Measured:
+    """Measure an ONNX file, or the released ONNX of a run, on this host with ONNX Runtime or on a device.
 
     Args:
         what: a run folder (the measurement is added to it, and it is judged again) or an ONNX file.
         budgets: limits such as `p99_ms=5` or `mean_ms=3`.
         seconds: longest time spent measuring.
+        arrivals: measure under work that arrives at a constant rate too; on this host.
+        device: a device to build and measure on, over SSH.
+        target: what the device is, a profile's name or file; a run knows its own.
+        precision: of an ONNX file for TensorRT before 10, which chooses among the allowed ones.
+        parts: of a run: measure each branch and the rest as engines of their own too, and put the whole pipeline
+            together from them, with branches one after the other (serial) or at the same time (parallel).
+        reporter: where progress goes; default: nowhere.
 
     Raises:
         UsageError: neither a run nor an ONNX file, or a budget that is not one.
+        DeviceError: the device cannot be reached, is in use, or is not fit.
+        BuildError: the device refuses the model.
+        MeasureError: the figures cannot be trusted.
     """
     from fusepress.pipeline.measuring import budget_verdicts, measure_onnx, parse_budgets
 
     limits = parse_budgets(budgets)
     path = Path(what)
+    if device is not None and arrivals is not None:
+        raise UsageError("expected arrivals at a constant rate on this host; got --host too; leave one of them out")
     if path.is_dir():
-        return _measure_run(path, limits, seconds)
+        return _measure_run(path, limits, seconds, arrivals, device, target, parts, reporter)
+    if parts is not None:
+        raise UsageError(f"expected a run folder with parts; got {path}; an ONNX file does not say its branches")
     if path.suffix != ".onnx" or not path.is_file():
         raise UsageError(f"expected a run folder or an ONNX file; got {path}; name one of the two")
-    measurements, environment = measure_onnx(path, HOST, None, None, seconds)
+    if device is not None:
+        from fusepress.pipeline.on_device import measure_onnx_there
+
+        profile = load_profile(target) if target is not None else None
+        measurements, environment = measure_onnx_there(path, device, profile, precision or "fp16", reporter)
+    else:
+        measurements, environment = measure_onnx(path, HOST, None, None, seconds, arrivals)
     return Measured(measurements=measurements, verdicts=budget_verdicts(measurements, limits), environment=environment)
 
 
@@ -774,20 +807,42 @@ def self_test(out: str | Path, *, seconds: float = 2.0, reporter: Reporter | Non
     return record
 
 
-def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Measured:
-    from fusepress.pipeline.measuring import budget_verdicts, measure_onnx
+def _measure_run(
+    folder: Path,
+    limits: dict[str, float],
+    seconds: float,
+    arrivals: Arrivals | None,
+    device: DeviceSettings | None,
+    target: str | None,
+    parts: Schedule | None,
+    reporter: Reporter | None,
+) -> Measured:
+    from fusepress.pipeline.measuring import budget_verdicts, measure_onnx, measure_parts
 
     record = read_run(folder)
     if "onnx" not in record.artifacts or record.stage("verify") is None:
         raise StoreError(f"expected a finished run; got one without an ONNX artifact at {folder}; run compress again")
     precision = record.final_precision
-    mode = record.target_profile.get("power_mode") if record.target == HOST else None
-    measurements, environment = measure_onnx(folder / record.artifacts["onnx"].path, HOST, mode, precision, seconds)
+    if device is not None:
+        from fusepress.pipeline.on_device import measure_run_there
+
+        profile = load_profile(target or record.target)
+        measurements, environment = measure_run_there(
+            record, folder, device, profile, reporter, parts=parts is not None
+        )
+    else:
+        mode = record.target_profile.get("power_mode") if record.target == HOST else None
+        path = folder / record.artifacts["onnx"].path
+        measurements, environment = measure_onnx(path, HOST, mode, precision, seconds, arrivals)
+        if parts is not None:
+            measurements += measure_parts(path, record.task["branches"], HOST, mode, precision, seconds)
+    if parts is not None:
+        measurements, environment = _with_pipeline(record, measurements, environment, parts)
     verify = record.stage("verify")
     assert verify is not None
-    names = {m.name for m in measurements}
+    places = {(m.name, m.device) for m in measurements}
     verify.measurements = [
-        m for m in verify.measurements if not (m.name in names and m.device == HOST and m.kind == "measured")
+        m for m in verify.measurements if not ((m.name, m.device) in places and m.kind == "measured")
     ] + measurements
     judge_run(record, folder, run_recipe(folder).gates)
     write_reports(folder)
@@ -796,6 +851,25 @@ def _measure_run(folder: Path, limits: dict[str, float], seconds: float) -> Meas
         verdicts=budget_verdicts(measurements, limits),
         environment=environment,
         record=record,
+    )
+
+
+def _with_pipeline(
+    record: RunRecord, measurements: list[Measurement], environment: dict[str, Any], schedule: Schedule
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """The whole pipeline from the mean latencies of its parts, and which part is worth compressing."""
+    from fusepress.pipeline.stages.parts import outside_ms, pipeline_of, pipeline_row
+
+    device = measurements[0].device
+    assert device is not None
+    outside = outside_ms(record.task.get("outside", {}), device)
+    branches = list(record.task["branches"])
+    found = pipeline_of(measurements, branches, outside, schedule)
+    like = next(m for m in measurements if m.name == f"latency.{branches[0]}.mean_ms")
+    parts = [asdict(part) for part in found.parts]
+    return (
+        [*measurements, pipeline_row(found, like, list(outside))],
+        environment | {"pipeline": {"schedule": schedule, "parts": parts}},
     )
 
 

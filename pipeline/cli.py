@@ -311,13 +311,46 @@ def explain(
 @click.argument("what", metavar="RUN|MODEL.onnx", required=False, type=click.Path(path_type=Path))
 @click.option("--budget", "budgets", multiple=True, metavar="NAME=MS", help="Limit, e.g. p99_ms=5; repeatable.")
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time spent measuring.")
+@click.option("--arrivals", "arrivals_hz", type=float, metavar="HZ", help="Also with work that arrives at this rate.")
+@click.option("--deadline", "deadline_ms", type=float, metavar="MS", help="Of an arrival; counts those that miss it.")
+@click.option("--host", help="Build and measure on this device, over SSH (a name that ssh knows).")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="In place of your own ssh configuration.")
+@click.option("--target", help="What the device is [the run's target].")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "fp8"]), help="Of an ONNX file, with --host.")
+@click.option(
+    "--parts",
+    type=click.Choice(["serial", "parallel"]),
+    help="Of a RUN: each branch and the rest apart too, and the pipeline from them, branches in turn or at once.",
+)
+@click.option("--set-mode", is_flag=True, help="Change to the target's power mode meanwhile (needs sudo there).")
+@click.option("--lock-clocks/--no-lock-clocks", default=True, help="Hold the clocks meanwhile, where sudo allows it.")
+@click.option("--wait", "wait_s", default=0.0, metavar="SECONDS", help="For another user to leave the device.")
+@click.option("--build-limit", "build_limit_s", default=3600, show_default=True, help="Seconds for one engine.")
+@click.option("--allow-unstable", is_flag=True, help="Tell figures that cannot be trusted; they decide nothing.")
 @click.option("--self-test", is_flag=True, help="Try TensorRT on this machine with a tiny network; write a record.")
 @click.option("--out", type=click.Path(path_type=Path), default=SELF_TEST_JSON, show_default=True, help="Its file.")
 @_json_option
 def measure(
-    what: Path | None, budgets: tuple[str, ...], seconds: float, self_test: bool, out: Path, as_json: bool
+    what: Path | None,
+    budgets: tuple[str, ...],
+    seconds: float,
+    arrivals_hz: float | None,
+    deadline_ms: float | None,
+    host: str | None,
+    ssh_config: Path | None,
+    target: str | None,
+    precision: str | None,
+    parts: Any,
+    set_mode: bool,
+    lock_clocks: bool,
+    wait_s: float,
+    build_limit_s: int,
+    allow_unstable: bool,
+    self_test: bool,
+    out: Path,
+    as_json: bool,
 ) -> int:
-    """Measure latency on this host (ONNX Runtime); a RUN gets the figures added and is judged again.
+    """Measure latency on this host (ONNX Runtime) or with --host on a device (TensorRT).
 
     With --self-test: find out what this machine's TensorRT builds, picks and how fast it runs, as a file to send back.
     """
@@ -327,8 +360,33 @@ def measure(
         raise UsageError("expected a run folder or an ONNX file; got neither; name one, or try --self-test")
     from fusepress.pipeline import api
     from fusepress.pipeline.gates import exit_code, overall
+    from fusepress.pipeline.console import Reporter
 
-    measured = api.measure(what, budgets=budgets, seconds=seconds)
+    device = None
+    if host is not None:
+        from fusepress.pipeline.on_device import DeviceSettings
+        from fusepress.targets.remote_result import RemoteSettings
+
+        remote = RemoteSettings(
+            seconds=seconds, lock_clocks=lock_clocks, set_mode=set_mode, build_limit_s=build_limit_s, wait_s=wait_s
+        )
+        device = DeviceSettings(host=host, ssh_config=ssh_config, allow_unstable=allow_unstable, remote=remote)
+    arrivals = None
+    if arrivals_hz is not None:
+        from fusepress.pipeline.measuring import Arrivals
+
+        arrivals = Arrivals(rate_hz=arrivals_hz, deadline_ms=deadline_ms)
+    measured = api.measure(
+        what,
+        budgets=budgets,
+        seconds=seconds,
+        arrivals=arrivals,
+        device=device,
+        target=target,
+        precision=precision,
+        parts=parts,
+        reporter=Reporter(quiet=as_json),
+    )
     if as_json:
         click.echo(json.dumps(_measured_json(measured), indent=1))
     else:

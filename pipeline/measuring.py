@@ -1,8 +1,10 @@
-"""Measuring an ONNX file on this host, and judging it against plain budgets."""
+"""Measuring an ONNX file on this host, and judging figures against plain budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,20 @@ from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.evidence import GateVerdict, Measurement, Verdict
 from fusepress.pipeline.store import sha256_file
 
-BUDGETS = ("mean_ms", "p50_ms", "p99_ms")
+STATISTICS = ("mean_ms", "p50_ms", "p90_ms", "p99_ms", "p999_ms")
+MISS_RATE = "miss_rate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """Work that arrives at a constant rate, such as a sensor's frames, and when its result is of no use any more."""
+
+    rate_hz: float
+    deadline_ms: float | None = None
 
 
 def parse_budgets(budgets: Sequence[str]) -> dict[str, float]:
-    """`p99_ms=5` as name and number.
+    """`p99_ms=5` as name and number; `camera.mean_ms=6` limits a part, `miss_rate=0.001` late arrivals.
 
     Raises:
         UsageError: an unknown statistic, or not a positive number.
@@ -26,44 +37,98 @@ def parse_budgets(budgets: Sequence[str]) -> dict[str, float]:
             limit = float(text)
         except ValueError:
             limit = -1.0
-        if name not in BUDGETS or not limit > 0:
+        if (name.rpartition(".")[2] not in STATISTICS and name != MISS_RATE) or not limit > 0:
             raise UsageError(
-                f"expected a budget such as p99_ms=5, of {', '.join(BUDGETS)}, in milliseconds; got {budget!r}"
+                f"expected a budget such as p99_ms=5 or camera.mean_ms=6, of {', '.join(STATISTICS)} in milliseconds, "
+                f"or {MISS_RATE}=0.001; got {budget!r}"
             )
         limits[name] = limit
     return limits
 
 
 def measure_onnx(
-    path: Path, device: str, power_mode: str | None, precision: str | None, seconds: float
+    path: Path,
+    device: str,
+    power_mode: str | None,
+    precision: str | None,
+    seconds: float,
+    arrivals: Arrivals | None = None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
     """Latency of an ONNX file on ONNX Runtime CPU with made-up inputs of its own shapes, batch as in the file."""
     from fusepress.export.passes import made_up_batch
     from fusepress.export.runtime import OnnxSession
     from fusepress.pipeline.stages.common import latency_result
-    from fusepress.targets.measure import measure_latency
+    from fusepress.targets.measure import measure_arrivals, measure_latency
 
     session = OnnxSession(path)
-    result = measure_latency(session.timed_callable(made_up_batch(session).inputs), max_seconds=seconds)
-    rows = latency_result(
-        result, device=device, power_mode=power_mode, precision=precision, artifact_sha256=sha256_file(path)
-    )
+    run = session.timed_callable(made_up_batch(session).inputs)
+    common: dict[str, Any] = {
+        "device": device, "power_mode": power_mode, "precision": precision, "artifact_sha256": sha256_file(path),
+    }  # fmt: skip
+    result = measure_latency(run, max_seconds=seconds)
+    rows = latency_result(result, tails=True, **common)
+    if arrivals is not None:
+        found = measure_arrivals(run, arrivals.rate_hz, deadline_ms=arrivals.deadline_ms, max_seconds=seconds)
+        rows += latency_result(found.latency, prefix="latency.arrivals", tails=True, **common)
+        if found.missed is not None:
+            value, low, high = found.missed
+            note = None if found.kept_up else f"the queue grows: work comes faster than it ends at {found.rate_hz:g} Hz"
+            rows.append(
+                Measurement(
+                    name=f"latency.{MISS_RATE}", value=value, low=low, high=high, n=found.latency.n, unit="1",
+                    kind="measured", runtime="onnxruntime-cpu", batch=1, note=note, **common,
+                )
+            )  # fmt: skip
     return rows, dict(result.environment)
 
 
+def measure_parts(
+    path: Path,
+    branches: Mapping[str, Sequence[str]],
+    device: str,
+    power_mode: str | None,
+    precision: str | None,
+    seconds: float,
+) -> list[Measurement]:
+    """Mean latency of each branch and of the rest as files of their own, in turns, on ONNX Runtime CPU.
+
+    Raises:
+        ExportError: the branches exchange tensors midway.
+    """
+    from fusepress.export.branches import split_branches
+    from fusepress.export.passes import made_up_batch
+    from fusepress.export.runtime import OnnxSession
+    from fusepress.pipeline.stages.common import latency_result
+    from fusepress.pipeline.stages.parts import renamed
+    from fusepress.targets.measure import measure_interleaved
+
+    sha256 = sha256_file(path)
+    with tempfile.TemporaryDirectory(prefix="fusepress-") as folder:
+        sessions = {name: OnnxSession(part) for name, part in split_branches(path, branches, Path(folder)).items()}
+        runs = {name: session.timed_callable(made_up_batch(session).inputs) for name, session in sessions.items()}
+        result = measure_interleaved(runs, max_seconds=seconds)
+    rows = []
+    for name, found in result.runs.items():
+        mean = latency_result(found, device=device, power_mode=power_mode, precision=precision, artifact_sha256=sha256)[
+            0
+        ]
+        rows.append(renamed(mean, name, sha256))
+    return rows
+
+
 def budget_verdicts(measurements: Sequence[Measurement], limits: dict[str, float]) -> list[Verdict]:
-    """One verdict a budget: PASS only where the whole 95 % interval lies within it."""
+    """One verdict a budget: PASS only where the whole 95 % interval lies within it, of figures that can be trusted.
+
+    Raises:
+        UsageError: nothing of that name was measured.
+    """
     verdicts = []
     for name, limit in limits.items():
-        row = next(m for m in measurements if m.name == f"latency.{name}")
-        verdict: GateVerdict = "INCONCLUSIVE"
-        why = f"the 95 % interval {row.low} to {row.high} ms holds the limit; measure longer"
-        if row.high is None:
-            why = f"{row.n} runs give no upper bound for {name}; measure longer (--seconds)"
-        elif row.high <= limit:
-            verdict, why = "PASS", "the whole 95 % interval is within the limit"
-        if row.low is not None and row.low > limit:
-            verdict, why = "FAIL", "the whole 95 % interval is beyond the limit"
+        row = next((m for m in measurements if m.name == f"latency.{name}"), None)
+        if row is None:
+            known = ", ".join(m.name.removeprefix("latency.") for m in measurements if m.name.startswith("latency."))
+            raise UsageError(f"expected a budget of what was measured: {known}; got {name!r}; name one of these")
+        verdict, why = _judge(row, name, limit)
         verdicts.append(
             Verdict(
                 gate=f"latency.{name}",
@@ -76,3 +141,15 @@ def budget_verdicts(measurements: Sequence[Measurement], limits: dict[str, float
             )
         )
     return verdicts
+
+
+def _judge(row: Measurement, name: str, limit: float) -> tuple[GateVerdict, str]:
+    if row.note is not None and "unstable: " in row.note:
+        return "INCONCLUSIVE", "the figures cannot be trusted: end other work, let the clocks settle, and measure again"
+    if row.low is not None and row.low > limit:
+        return "FAIL", "the whole 95 % interval is beyond the limit"
+    if row.high is None:
+        return "INCONCLUSIVE", f"{row.n} runs give no upper bound for {name}; measure longer (--seconds)"
+    if row.high <= limit:
+        return "PASS", "the whole 95 % interval is within the limit"
+    return "INCONCLUSIVE", f"the 95 % interval {row.low} to {row.high} holds the limit; measure longer"

@@ -107,6 +107,7 @@ def measured_lines(measured: Measured) -> list[str]:
     """Latency on this host, and the verdicts of the budgets."""
     lines = [_measurement_line(m) for m in measured.measurements]
     lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]
+    lines += _pipeline_lines(measured.environment.get("pipeline"))
     if measured.record is not None:
         lines.append(f"added to the run; its verdict is {measured.record.verdict}")
     return lines
@@ -116,12 +117,44 @@ def _measurement_line(m: Measurement) -> str:
     high = "no upper bound" if m.high is None else f"{m.high:.4g}"
     note = f"  ({m.note})" if m.note else ""
     return (
+    if m.unit != "ms":
+        return f"{m.name.removeprefix('latency.'):<8}{m.value:9.4g} {m.unit}   {m.kind}{note}"
         f"{m.name.removeprefix('latency.'):<8}{m.value:9.4g} ms   95 % interval {_number(m.low)} to {high}   "
         f"n {m.n}  {m.kind}{note}"
     )
 
 
 def plan_lines(facts: dict[str, Any]) -> list[str]:
+def _pipeline_lines(pipeline: dict[str, Any] | None) -> list[str]:
+    if pipeline is None:
+        return []
+    lines = [f"{'part':<20}{'ms':>9}{'slack':>9}{'can win':>9}   branches {pipeline['schedule']}"]
+    for part in pipeline["parts"]:
+        slack = "-" if part["critical"] else _number(part["slack_ms"])
+        lines.append(f"{part['name']:<20}{_number(part['span']['value_ms']):>9}{slack:>9}{_number(part['gain_ms']):>9}")
+    return lines
+
+
+def doctor_lines(facts: DeviceFacts, findings: Sequence[Finding]) -> list[str]:
+    """What a device is, and what of it matters to a latency."""
+    version = facts.tensorrt.version if facts.tensorrt else "unknown"
+    lines = [
+        f"device    {facts.model or facts.gpu_name or facts.system}",
+        f"software  {facts.release or 'no L4T release'}; TensorRT {version}; CUDA {facts.cuda or 'unknown'}",
+    ]
+    power = facts.power
+    clocks = ", ".join(
+        f"{name.upper()} {clock.now_mhz:g} MHz{' (locked)' if clock.locked else ''}"
+        for name, clock in power.clocks.items()
+    )
+    heat = "no temperature" if power.hottest_c is None else f"{power.hottest_c:.0f} C"
+    lines.append(f"state     power mode {power.mode or 'unknown'}; {clocks or 'no clocks told'}; {heat}")
+    lines += [f"{finding.level:<10}{finding.what}: {finding.text}" for finding in findings]
+    if not any(finding.level == "refuse" for finding in findings):
+        lines.append("fit       a latency can be measured here")
+    return lines
+
+
     """A dry run as text."""
     lines = [f"run       {facts['run']}", f"target    {facts['target']} ({facts['power_mode']}, {facts['precision']})"]
     lines += [f"stage     {s['name']:<9} {s['state']}{': ' + s['why'] if 'why' in s else ''}" for s in facts["stages"]]

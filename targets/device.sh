@@ -249,6 +249,7 @@ set_power() { # CLOCKS MODE
     if [ "$1" = 1 ]; then privileged jetson_clocks --store "$base/power/clocks" >/dev/null 2>&1 || rm -f "$base/power/clocks"; fi
     : >"$base/power/armed" # what is changed from here on is put back, by the next call too
   fi
+  printf '%s\n' "$dir" >"$base/power/job"
   if [ "$2" != - ]; then privileged nvpmodel -m "$2" >/dev/null 2>&1; fi
   if [ "$1" = 1 ] && [ -e "$base/power/clocks" ]; then privileged jetson_clocks >/dev/null 2>&1 && : >"$dir/locked"; fi
   return 0
@@ -267,16 +268,29 @@ restore() {
   rm -rf "$base/power"
 }
 
+restore_unless_running() { # a job that lives puts the state back itself
+  owner=$(cat "$base/power/job" 2>/dev/null)
+  if [ -n "$owner" ] && fresh "$owner" && kill -0 "$(cat "$owner/pid")" 2>/dev/null; then return 0; fi
+  restore || fail 70 "the power state could not be put back: run sudo nvpmodel -m $(cat "$base/power/mode"), and restart"
+}
+
 # -------------------------------------------------------------------------------------------------------------- jobs
+
+fresh() { # whether a job's folder is one of a job that lives
+  [ ! -f "$1/rc" ] && [ -f "$1/alive" ] || return 1
+  last=$(cat "$1/alive")
+  [ $(($(now) - ${last:-0})) -le "$alive_s" ]
+}
 
 state() {
   inside "$1"
   dir=$base/$1
   if [ -f "$dir/rc" ]; then
     echo "done $(cat "$dir/rc")"
+  elif fresh "$dir"; then
+    echo running
   elif [ -f "$dir/alive" ]; then
-    last=$(cat "$dir/alive")
-    if [ $(($(now) - ${last:-0})) -le "$alive_s" ]; then echo running; else echo lost; fi
+    echo lost
   else
     echo none
   fi
@@ -406,6 +420,6 @@ shift
 [ "$verb" = job ] || echo '== fusepress'
 case $verb in
 probe | clock | lock | unlock | have | append | seal | fetch | tidy | start | state | wait_for | stop | job) "$verb" "$@" ;;
-restore) restore || fail 70 "the power state could not be put back: run sudo nvpmodel -m $(cat "$base/power/mode"), and restart" ;;
+restore) restore_unless_running ;;
 *) fail 64 "no such verb: $verb" ;;
 esac

@@ -248,8 +248,9 @@ class SshDevice:
             self._raise_final(said)
             raise ConnectionLost(_last_line(said))
         if done.returncode != 0:
+            said = "; ".join(said.splitlines()) or f"exit code {done.returncode}"
             message = f"expected {command[2] if len(command) > 2 else line} to work on {self.host}; got {said}"
-            raise CallFailed(message, done.returncode, said or f"exit code {done.returncode}")
+            raise CallFailed(message, done.returncode, said)
         return done.stdout
 
     def call(self, verb: str, *arguments: str, timeout_s: float = CALL_TIMEOUT_S) -> str:

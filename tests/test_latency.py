@@ -146,7 +146,7 @@ def test_work_that_comes_faster_than_it_ends_is_told() -> None:
 )
 def test_arrivals_that_make_no_sense_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(MeasureError, match=message):
-        measure_arrivals(lambda: None, **arguments)
+        measure_arrivals(lambda: None, **arguments)  # type: ignore[arg-type]  # numbers alone
 
 
 def test_the_state_of_this_machine_is_told_as_far_as_it_tells() -> None:

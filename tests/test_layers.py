@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.explaining",
         "pipeline.planning",
         "pipeline.measuring",
+        "pipeline.on_device",
         "pipeline.scaffold",
         "pipeline.self_test",
         "pipeline.runner",

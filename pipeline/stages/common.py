@@ -235,14 +235,18 @@ def latency_result(
     prefix: str = "latency",
     runtime: str = "onnxruntime-cpu",
     note: str | None = None,
+    tails: bool = False,
 ) -> list[Measurement]:
-    """A LatencyMeasurement as records; without a `note`, an unstable one is noted."""
-    unstable = None if result.stable else f"unstable: coefficient of variation {100 * result.cov:.1f} %"
-    rows = [
+    """A LatencyMeasurement as records; `tails` adds p90 and p99.9; without a `note`, an unstable one is noted."""
+    unstable = None if result.stable else f"unstable: {result.why_unstable}"
+    rows: list[tuple[str, float, float, float | None]] = [
         ("mean_ms", result.mean_ms, result.mean_low_ms, result.mean_high_ms),
         ("p50_ms", result.p50_ms, result.p50_low_ms, result.p50_high_ms),
         ("p99_ms", result.p99_ms, result.p99_low_ms, result.p99_high_ms),
     ]
+    if tails:
+        rows.append(("p90_ms", result.p90_ms, result.p90_low_ms, result.p90_high_ms))
+        rows.append(("p999_ms", result.p999_ms, result.p999_low_ms, result.p999_high_ms))
     return [
         Measurement(
             name=f"{prefix}.{name}",

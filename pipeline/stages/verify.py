@@ -15,6 +15,7 @@ from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Condition, Replicates, Stats, compare, save_replicates
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
+from fusepress.pipeline.stages.parts import predicted_parts
 from fusepress.pipeline.store import KeyParts, atomic_write_bytes, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ class Verify:
         """Predicted for a target that is not here; here, measured, and interleaved with the dense model."""
         final, sha = ctx.artifacts["onnx"], ctx.shas["onnx"]
         if not ctx.on_host:
-            return common.latency_measurements(ctx, final, ctx.final_precision, artifact_sha256=sha)
+            whole = common.latency_measurements(ctx, final, ctx.final_precision, artifact_sha256=sha)
+            return whole + predicted_parts(ctx, final, ctx.final_precision, sha, folder / "parts")
         from fusepress.targets.measure import measure_interleaved
 
         inputs = common.example_inputs(ctx)
