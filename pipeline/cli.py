@@ -352,6 +352,7 @@ def measure(
 ) -> int:
     """Measure latency on this host (ONNX Runtime) or with --host on a device (TensorRT).
 
+    A RUN gets the figures added and is judged again. A device is left in the power state that it was in.
     With --self-test: find out what this machine's TensorRT builds, picks and how fast it runs, as a file to send back.
     """
     if self_test:
