@@ -46,7 +46,7 @@ def split_branches(path: Path, branches: Mapping[str, Sequence[str]], folder: Pa
         ends = [name for name, owner_of in crossing.items() if owner_of == branch]
         needed = _needed_inputs(model.graph, producer, ends, inputs, set())
         parts[branch] = _save(extractor.extract_model(needed, ends), folder / f"part-{len(parts)}.onnx")
-    outputs = [value.name for value in model.graph.output]
+    outputs = [value.name for value in model.graph.output if value.name not in crossing]
     needed = _needed_inputs(model.graph, producer, outputs, inputs, set(crossing))
     parts[REST] = _save(extractor.extract_model(needed, outputs), folder / f"part-{len(parts)}.onnx")
     return parts
@@ -119,7 +119,7 @@ def _has_activation(graph: onnx.GraphProto, producer: Mapping[str, int], start: 
 def _crossing(
     model: onnx.ModelProto, owner: Mapping[int, str | None], producer: Mapping[str, int]
 ) -> dict[str, str | None]:
-    """Tensors that leave a branch, with it."""
+    """Tensors that leave a branch, with it; outputs of the whole among them."""
     found: dict[str, str | None] = {}
     for index, node in enumerate(model.graph.node):
         for name in node.input:

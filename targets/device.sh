@@ -43,6 +43,13 @@ privileged() {
 
 now() { date +%s; }
 
+lives() { # whether a process is there and no mere entry that nobody has collected
+  kill -0 "$1" 2>/dev/null || return 1
+  case $(ps -o stat= -p "$1" 2>/dev/null) in
+  Z*) return 1 ;;
+  esac
+}
+
 clock() { now; }
 
 # ------------------------------------------------------------------------------------------------------------- probe
@@ -270,7 +277,7 @@ restore() {
 
 restore_unless_running() { # a job that lives puts the state back itself
   owner=$(cat "$base/power/job" 2>/dev/null)
-  if [ -n "$owner" ] && fresh "$owner" && kill -0 "$(cat "$owner/pid")" 2>/dev/null; then return 0; fi
+  if [ -n "$owner" ] && fresh "$owner" && lives "$(cat "$owner/pid")"; then return 0; fi
   restore || fail 70 "the power state could not be put back: run sudo nvpmodel -m $(cat "$base/power/mode"), and restart"
 }
 
@@ -350,7 +357,7 @@ end() { # a command with everything that it started
 
 watchdog() { # says that the job lives, ends its command at the limit, and stands in for a job that was killed
   while :; do
-    if ! kill -0 $$ 2>/dev/null; then
+    if ! lives $$; then
       watch=''
       finish 137
     fi
