@@ -9,19 +9,19 @@ Task, data and checkpoint are the user's own, named by a recipe of theirs: what 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fusepress.pipeline.bundling.manifest import faults, read_manifest
-from fusepress.pipeline.bundling.verify import open_bundle
+from fusepress.pipeline.bundling.verify import bundled_recipe, open_bundle
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Measurement, RunRecord, StageRecord, read_run
 from fusepress.pipeline.store import sha256_tree
 
 if TYPE_CHECKING:
+    from fusepress.pipeline.recipe import Recipe
     from fusepress.pipeline.stages.base import Context, Stage, StageOutput
 
 Status = Literal["equal", "within", "different", "skipped"]
@@ -76,26 +76,29 @@ def check_same_inputs(folder: Path, record: RunRecord, ctx: Context) -> None:
     Raises:
         UsageError: with what differs.
     """
+    differing = _differing_sections(bundled_recipe(folder), ctx.recipe)
+    if differing:
+        raise UsageError(
+            f"expected the recipe that the bundle was made from; got one that differs in {', '.join(differing)}; "
+            "check the same version out, and give the same overrides"
+        )
     here = {
-        "recipe": (ctx.loaded.sha256(), record.recipe_sha256),
         "task": (ctx.task.source.sha256(), record.task_sha256),
         "checkpoint": (ctx.checkpoint_sha256, record.checkpoint_sha256),
         "target": (ctx.profile.name, record.target),
     }
     for name, (own, told) in here.items():
         if own != told:
-            detail = _recipe_difference(folder, ctx) if name == "recipe" else ""
             raise UsageError(
-                f"expected the {name} that the bundle was made from ({told[:16]}); got another ({own[:16]}){detail}; "
+                f"expected the {name} that the bundle was made from ({told[:16]}); got another ({own[:16]}); "
                 "check the same version out"
             )
 
 
-def _recipe_difference(folder: Path, ctx: Context) -> str:
-    stored = json.loads((folder / "recipe.json").read_text())
-    own: dict[str, Any] = ctx.recipe.model_dump(mode="json")
-    keys = [key for key in own if key != "gates" and own[key] != stored.get(key)]
-    return f", which differs in {', '.join(keys)}" if keys else ""
+def _differing_sections(bundled: Recipe, own: Recipe) -> list[str]:
+    """Both as the present schema fills them in: a default that is new since then is no difference, nor are gates."""
+    there, here = (recipe.model_dump(mode="json", exclude={"gates"}) for recipe in (bundled, own))
+    return [key for key in here if here[key] != there[key]]
 
 
 def _again(ctx: Context, stage: Stage, record: RunRecord, folder: Path, scratch: Path) -> Reproduced:

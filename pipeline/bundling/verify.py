@@ -17,7 +17,7 @@ from fusepress.pipeline.bundling.signature import check_signature, fingerprint, 
 from fusepress.pipeline.errors import FusepressError, StoreError, UsageError
 from fusepress.pipeline.evidence import RunRecord, read_run
 from fusepress.pipeline.gates import judge, load_baseline, load_replicates, overall
-from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.recipe import Recipe
 from fusepress.pipeline.store import sha256_tree
 
 if TYPE_CHECKING:
@@ -181,18 +181,29 @@ def _record(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
     if told != (manifest.name, manifest.target, manifest.verdict, manifest.fusepress):
         raise StoreError("expected run.json to tell what the manifest tells; got another name, target or verdict")
     for name, artifact in record.artifacts.items():
-        path = folder / artifact.path
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise StoreError(f"expected the {name} within the bundle; got the path {artifact.path!r} in run.json")
+        path = _inside(folder, record, name)
         if not path.exists() or sha256_tree(path) != artifact.sha256:
             raise StoreError(f"expected the {name} that run.json names; got other bytes at {artifact.path}")
     return Check("run record", "ok", f"{len(record.artifacts)} artifacts are those that run.json names")
 
 
+def _inside(folder: Path, record: RunRecord, name: str) -> Path:
+    """An artifact's path, which a bundle may not lead out of itself."""
+    path = folder / record.artifacts[name].path
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"expected the {name} within the bundle; got the path {record.artifacts[name].path!r}")
+    return path
+
+
+def bundled_recipe(folder: Path) -> Recipe:
+    """The bundled recipe, read as JSON alone: YAML could hold a small text that is a huge value."""
+    return Recipe.model_validate_json(read_limited(folder / "recipe.json"))
+
+
 def _verdict(folder: Path, record: RunRecord) -> Check:
     """Judge again from the stored replicates."""
-    gates = load_recipe(folder / "recipe.json").recipe.gates
-    replicates = load_replicates(folder / record.artifacts["replicates"].path)
+    gates = bundled_recipe(folder).gates
+    replicates = load_replicates(_inside(folder, record, "replicates"))
     baseline = load_baseline(folder / "baseline.json") if gates.release is not None else None
     again = judge(record, replicates, gates, record.task["metrics"], baseline=baseline)
     stored = [verdict for stage in record.stages for verdict in stage.verdicts]
@@ -233,20 +244,20 @@ def _tensors(graph: Any) -> list[Any]:
 
 
 def _plan(folder: Path, record: RunRecord) -> Check:
-    """The weights have the widths that the plan names."""
+    """The weights have at least the channels that the plan keeps (layers that join groups have more)."""
     from safetensors import safe_open
 
     from fusepress.pipeline.graph.plan import PrunePlan
 
     if "plan" not in record.artifacts or "checkpoint" not in record.artifacts:
         return Check("plan", "not checked", "the run did not prune")
-    plan = PrunePlan.read(folder / record.artifacts["plan"].path)
+    plan = PrunePlan.read(_inside(folder, record, "plan"))
     kept: dict[tuple[str, int], int] = {}
     for group in plan.groups:
         for member in group.members:
             channels = len(group.kept or group.stand_in) * member.stride
             kept[member.param, member.dim] = kept.get((member.param, member.dim), 0) + channels
-    with safe_open(folder / record.artifacts["checkpoint"].path, framework="numpy") as weights:
+    with safe_open(_inside(folder, record, "checkpoint"), framework="numpy") as weights:
         names = set(weights.keys())
         for (param, dim), channels in kept.items():
             if param not in names:
@@ -254,7 +265,7 @@ def _plan(folder: Path, record: RunRecord) -> Check:
             size = weights.get_slice(param).get_shape()[dim]
             if size < channels:
                 raise StoreError(f"expected {channels} channels of {param!r} (dimension {dim}); got {size}")
-    return Check("plan", "ok", f"{len(plan.groups)} groups of channels have their planned widths in the checkpoint")
+    return Check("plan", "ok", f"the checkpoint has the channels that the plan keeps of {len(plan.groups)} groups")
 
 
 def _masks(folder: Path, record: RunRecord) -> Check:
@@ -263,8 +274,8 @@ def _masks(folder: Path, record: RunRecord) -> Check:
 
     if "masks" not in record.artifacts:
         return Check("masks", "not checked", "the run did not sparsify")
-    masks = load_file(folder / record.artifacts["masks"].path)
-    weights = load_file(folder / record.artifacts["checkpoint"].path)
+    masks = load_file(_inside(folder, record, "masks"))
+    weights = load_file(_inside(folder, record, "checkpoint"))
     for name, mask in masks.items():
         if name not in weights or weights[name].shape != mask.shape:
             raise StoreError(
@@ -274,10 +285,10 @@ def _masks(folder: Path, record: RunRecord) -> Check:
         if revived:
             raise StoreError(f"expected masked weights to be zero; got {revived} others in {name!r}")
     note = ""
-    if load_recipe(folder / "recipe.json").recipe.wants_2to4:
+    if bundled_recipe(folder).wants_2to4:
         from fusepress.export.sparsity import check_sparsity_2to4
 
-        found = len(check_sparsity_2to4(folder / record.artifacts["onnx"].path).valid_layers)
+        found = len(check_sparsity_2to4(_inside(folder, record, "onnx")).valid_layers)
         if found == 0:
             raise StoreError("expected layers with the 2:4 pattern in the released ONNX; got none")
         note = f"; {found} layers of the released ONNX are 2:4"
@@ -290,11 +301,11 @@ def _parity(folder: Path, record: RunRecord) -> Check:
 
     from fusepress.export.runtime import OnnxSession
 
-    tensors = load_file(folder / record.artifacts["references"].path)
+    tensors = load_file(_inside(folder, record, "references"))
     inputs = {name.removeprefix("inputs/"): t for name, t in tensors.items() if name.startswith("inputs/")}
     expected = {name.removeprefix("outputs/"): t for name, t in tensors.items() if name.startswith("outputs/")}
     integer_kernels = record.target_profile.get("family") == "host"
-    session = OnnxSession(folder / record.artifacts["onnx"].path, integer_kernels=integer_kernels)
+    session = OnnxSession(_inside(folder, record, "onnx"), integer_kernels=integer_kernels)
     found = session.run_numpy(inputs)
     if set(found) != set(expected) or not expected:
         raise StoreError(f"expected the outputs {sorted(expected)}; got {sorted(found)} from the released ONNX")
@@ -332,6 +343,3 @@ def to_json(found: Verified) -> str:
     checks = [{"name": c.name, "status": c.status, "why": c.why} for c in found.checks]
     plain = {"schema": 1, "name": found.name, "verdict": found.verdict, "ok": found.ok}
     return json.dumps(plain | {"checks": checks, "not_checked": list(found.not_checked)}, indent=1)
-
-
-__all__ = ["Check", "Verified", "check_folder", "open_bundle", "read_limited", "to_json", "verify_bundle"]

@@ -198,7 +198,11 @@ def load_replicates(path: Path) -> Replicates:
         StoreError: it is missing, damaged or of another schema.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                raise ValueError("compressed members, which could unpack to any size")
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         if int(arrays["meta/schema"]) != SCHEMA:
             raise ValueError(f"schema {int(arrays['meta/schema'])}, not {SCHEMA}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats as distributions
+from scipy import special
 
 from fusepress.pipeline.evidence import GateVerdict, Verdict
 from fusepress.pipeline.gates.bootstrap import unit_count
@@ -110,7 +110,7 @@ def more_needed(found: Interval, limit: float, n: int) -> int | None:
     half = found.high - found.value if found.value <= limit else found.value - found.low
     if half > 1000 * distance:
         return None
-    margin = 1 + float(distributions.norm.ppf(POWER) / distributions.norm.isf(ALPHA))
+    margin = 1 + float(special.ndtri(POWER) / special.ndtri(1 - ALPHA))
     return max(1, math.ceil(n * (margin * half / distance) ** 2) - n)
 
 

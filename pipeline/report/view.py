@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from fusepress.pipeline.evidence import Kind, Measurement, RunRecord, StageRecord, Verdict
 from fusepress.pipeline.gates import NO_GATE
+from fusepress.pipeline.recipe import floor_parts
 
 Tone = Literal["pass", "fail", "inconclusive", "anomalous", "pending"]
 
@@ -424,14 +425,19 @@ def _gate_meaning(record: RunRecord, gate: str) -> tuple[str, bool, str]:
         words = {"mean_ms": "Mean latency", "p99_ms": "99th percentile of latency"}
         return words.get(rest, gate), True, gate
     if kind == "floors":
-        ceiling = metrics.get(rest) == "min"
-        return f"{'Ceiling' if ceiling else 'Floor'} of {rest}", ceiling, gate
+        metric, stratum = floor_parts(rest)
+        ceiling = metrics.get(metric) == "min"
+        where = "" if stratum is None else f" in {stratum}"
+        return f"{'Ceiling' if ceiling else 'Floor'} of {metric}{where}", ceiling, gate
     if kind == "robustness" and rest.endswith(".min"):
         ceiling = metrics.get(primary_of(record)) == "min"
         failure = words_of(rest.removesuffix(".min"))
         return f"{primary_of(record)} under {failure}", ceiling, gate
     if kind == "robustness":
         return f"Extra drop under {words_of(rest)}", True, gate
+    if kind == "release":
+        slower = rest.startswith("latency.")
+        return "Rise of the latency over the stored release" if slower else f"Drop of {rest} since then", True, gate
     return gate, True, gate
 
 
