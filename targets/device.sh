@@ -377,7 +377,13 @@ watchdog() { # says that the job lives, ends its command at the limit, and stand
 finish() { # EXIT_CODE
   trap '' TERM HUP INT
   for each in $watch $sampler; do kill "$each" 2>/dev/null; done
-  if [ -n "$child" ]; then end TERM "$child"; fi
+  if [ -n "$child" ]; then
+    end TERM "$child"
+    if lives "$child"; then
+      sleep 1
+      end KILL "$child"
+    fi
+  fi
   power_state >"$dir/after" 2>/dev/null
   restore || : >"$dir/unrestored"
   rm -f "$dir/alive"

@@ -4,6 +4,7 @@ formats: phases, dropped connections, refusals, and a power state that is always
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -63,8 +64,12 @@ def references(tmp_path: Path) -> Path:
     (folder / "references").mkdir(parents=True)
     np.arange(6, dtype=np.float32).tofile(folder / "references" / "in.bin")
     np.array([1.0, -4.0, 2.0], dtype=np.float32).tofile(folder / "references" / "out.bin")
+    np.arange(3, dtype=np.int64).tofile(folder / "references" / "index.bin")
     entry = {
-        "inputs": [{"name": "x; $(touch harm)", "shape": [1, 6], "type": "float32", "file": "references/in.bin"}],
+        "inputs": [
+            {"name": "x; $(touch harm)", "shape": [1, 6], "type": "float32", "file": "references/in.bin"},
+            {"name": "index", "shape": [1, 3], "type": "int64", "file": "references/index.bin"},
+        ],
         "outputs": [{"name": "score", "shape": [1, 3], "type": "float32", "file": "references/out.bin"}],
     }
     (folder / "references.json").write_text(json.dumps([entry]))
@@ -105,6 +110,9 @@ def test_a_model_is_built_timed_profiled_and_compared_in_the_formats_of_each_ver
     assert parse_profile(engine.profile) == {'camera/"stem"/Conv': 0.5, "head/Conv": 0.25}
     assert double.calls("--fp16 --int8") == (version == "8.5")
     assert double.calls("--stronglyTyped") == (version == "10.3")
+    # before TensorRT 10, int64 is bound as int32
+    index = np.arange(3, dtype=np.int32 if version == "8.5" else np.int64).tobytes()
+    assert (double.store / "models" / f"{hashlib.sha256(index).hexdigest()}.bin").exists()
     assert found.clocks_locked
     assert found.during.clocks["gpu"].locked
     assert found.during.clocks["emc"].locked
@@ -353,6 +361,8 @@ def test_without_sudo_clocks_stay_as_they_are_and_the_result_says_so(
     double.program("sudo", "#!/bin/sh\nexit 1\n")
     with connect(server) as device:
         found: RemoteResult = measure_remote(device, [order], profile=ORIN, settings=QUICK)
+        with pytest.raises(DeviceError, match=r"expected sudo without a password on double, to set the power mode"):
+            measure_remote(device, [order], profile=ORIN, settings=RemoteSettings(set_mode=True))
     assert not found.clocks_locked
     assert any(f.level == "warn" and f.what == "sudo" for f in found.findings)
     assert double.read("power.log") == ""
