@@ -2,7 +2,9 @@
 
 Fusion follows what TensorRT does in the common cases: a convolution or matrix product takes the elementwise operations
 behind it (bias, normalisation, activation, residual addition, quantisation) into its own kernel; a chain of elementwise
-operations is one kernel; reshapes, constants and concatenations cost nothing; dequantisation is part of the reader.
+operations is one kernel; reshapes and constants cost nothing; dequantisation is part of the reader. A concatenation is
+written in place by producers that nobody else reads, and copied to from the others: layer lists of TensorRT 10 engines
+of YOLO networks show these copies ("... copy") beside "Conv + PWN(...)" for fused activations.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ GATHER = frozenset([
     "Gather", "GatherElements", "GatherND", "GridSample", "ScatterElements", "ScatterND", "TopK", "NonMaxSuppression",
     "RoiAlign", "NonZero",
 ])
+# activations that need exponentials or divisions: they cost time in an epilogue, and TensorRT fuses them in FP16 and
+# INT8 only. Layer lists of FP32 engines show them as kernels of their own.
+SMOOTH = frozenset([
+    "Celu", "Elu", "Erf", "Exp", "Gelu", "Log", "Mish", "Pow", "Reciprocal", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Sqrt", "Swish", "Tanh",
+])
 # fmt: on
+VIEWS = frozenset(["Slice", "Split", "Transpose"])
+VIEW_CHAIN = frozenset(["Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 STRIPPED_BYTES = 1 << 16
 # ONNX element types: float, float16, double, bfloat16, and the four 8-bit floats
 FLOAT_TYPES = frozenset([1, 10, 11, 16, 17, 18, 19, 20])
@@ -67,6 +77,7 @@ class Kernel:
         weights: number of constant weights that it reads.
         quantized: whether its operands come from DequantizeLinear.
         half: whether its operands are FP16 in the graph.
+        smooth: whether a matrix kernel has an activation behind it that needs exponentials (SiLU, GELU).
     """
 
     name: str
@@ -82,13 +93,18 @@ class Kernel:
     weights: int = 0
     quantized: bool = False
     half: bool = False
+    smooth: bool = False
     reads: list[str] = field(default_factory=list)
     writes: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class Network:
-    """Kernels in running order, the tensors between them, and whether the graph itself carries precision."""
+    """Kernels in running order, the tensors between them, and whether the graph itself carries precision.
+
+    Attributes:
+        parts: of every tensor that is a concatenation, the tensors that were written into it.
+    """
 
     kernels: list[Kernel]
     tensors: dict[str, Tensor]
@@ -96,6 +112,7 @@ class Network:
     outputs: list[str]
     typed: bool
     unknown_shapes: int
+    parts: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -164,6 +181,11 @@ class _Reader:
         self.dequantized: set[str] = set()
         self.owner: dict[str, int] = {}
         self.escapes: set[str] = set()
+        self.readers: dict[str, list[Any]] = {value.name: [None] for value in self.graph.output}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.parts: dict[str, list[str]] = {}
         self.typed = False
         self.unknown = 0
         for tensor in self.graph.initializer:
@@ -201,6 +223,7 @@ class _Reader:
             outputs=outputs,
             typed=self.typed or bool(self.half),
             unknown_shapes=self.unknown,
+            parts=self.parts,
         )
 
     def _connect(self, kept: set[str]) -> None:
@@ -230,9 +253,10 @@ class _Reader:
             self.dequantized.add(node.output[0])
             self.alias[node.output[0]] = live[0]
         elif node.op_type == "Concat":
-            # producers write their part in place; readers read the whole
-            self.escapes.update(self._root(name) for name in live)
+            self._concatenate(node, live)
             self.dequantized.update(node.output if all(name in self.dequantized for name in live) else ())
+        elif node.op_type in VIEWS and self._is_view(node):
+            self._view(node, live[0])
         elif node.op_type in FREE:
             self.alias[node.output[0]] = live[0]
             self.dequantized.update(node.output if live[0] in self.dequantized else ())
@@ -240,6 +264,59 @@ class _Reader:
             self._elementwise(node, live)
         else:
             self._start(node, live)
+
+    def _is_view(self, node: Any) -> bool:
+        """Whether all that read its outputs take them with strides: products, and arithmetic behind a slice."""
+        takes = {"MatMul"} if node.op_type == "Transpose" else {"MatMul", *ELEMENTWISE}
+        waiting, found = list(node.output), False
+        while waiting:
+            for reader in self.readers.get(waiting.pop(), ()):
+                if reader is None or not (reader.op_type in takes or reader.op_type in VIEW_CHAIN):
+                    return False
+                found |= reader.op_type in takes
+                waiting += reader.output if reader.op_type in VIEW_CHAIN else ()
+        return found
+
+    def _view(self, node: Any, name: str) -> None:
+        """Readers read what they need of the tensor behind it."""
+        root = self._root(name)
+        if node.op_type == "Transpose":
+            self.alias[node.output[0]] = root
+            return
+        self.escapes.add(root)
+        for part in filter(None, node.output):
+            self.parts[part] = [root]
+            self.unknown += part not in self.tensors
+
+    def _concatenate(self, node: Any, live: list[str]) -> None:
+        """Readers read the whole. A part that is read elsewhere, too, or comes from outside, is copied into it."""
+        written = self.parts.setdefault(node.output[0], [])
+        for name in live:
+            root = self._root(name)
+            self.escapes.add(root)
+            written.append(root)
+            alone = len(self.readers[name]) == 1 and len(self.readers.get(root, ())) <= 1
+            if (alone and root in self.owner) or root not in self.tensors:
+                continue
+            index = len(self.kernels)
+            part = f"{root} in {node.output[0]} ({index})"
+            tensor = self.tensors[root]
+            self.tensors[part] = Tensor(
+                elements=tensor.elements, shape=tensor.shape, bits=tensor.bits, is_float=tensor.is_float
+            )
+            self.owner[part] = index
+            self.escapes.add(part)
+            written[-1] = part
+            self.kernels.append(
+                Kernel(
+                    name=f"{node.name or node.output[0]} copy of {root}",
+                    op="Concat",
+                    kind="move",
+                    outputs=tensor.elements,
+                    reads=[root],
+                    half=name in self.half,
+                )
+            )
 
     def _fold(self, node: Any, names: list[str]) -> None:
         """Computed when the engine is built. A dequantised weight stays INT8."""
@@ -271,6 +348,7 @@ class _Reader:
             kernel = self.kernels[max(owners)]
             if kernel.kind != "gather" and kernel.outputs >= elements:
                 kernel.reads += map(self._root, live)
+                kernel.smooth |= node.op_type in SMOOTH and kernel.kind in ("gemm", "depthwise")
                 self._own(node, max(owners))
                 return
         self._start(node, live)

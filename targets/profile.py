@@ -2,7 +2,7 @@
 
 A profile says which precisions, sparsity and opset are legal, how channels should be aligned, and from which figures
 latency is predicted. A figure without a document behind it carries `confirmed: false`, and no profile claims a
-measured latency.
+latency that we measured. A profile of your own may inherit from a shipped one, one level deep.
 """
 
 from __future__ import annotations
@@ -99,6 +99,38 @@ class Declared(Section):
     confirmed: bool = True
 
 
+class Trap(Section):
+    """Something that surprises people about a target, told before anything is spent.
+
+    Attributes:
+        modes: power modes that it concerns; all when empty.
+        precisions: releases that it concerns; all when empty.
+    """
+
+    text: str
+    modes: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ()
+
+
+class LatencyFit(Section):
+    """Constants of the latency prediction in place of the committed ones; `fusepress targets fit` writes them.
+
+    See `roofline.ConstantSet` for what they are.
+    """
+
+    constants: dict[str, float]
+    stream_ms: float = Field(ge=0)
+    devices: dict[str, tuple[str, ...]]
+    gmacs: dict[str, tuple[float, float]]
+    precisions: dict[str, tuple[Precision, ...]]
+    ops: tuple[str, ...]
+    shares: dict[str, float]
+    known: float = Field(ge=1)
+    sibling: float = Field(ge=1)
+    rows: int = Field(gt=0)
+    command: str
+
+
 class Profile(Section):
     """A target device.
 
@@ -110,7 +142,9 @@ class Profile(Section):
         channel_multiple: widths that waste no padding, by precision; pruning aligns to them.
         opset: ONNX opset to export with; `opset_scatternd` where the graph scatters.
         software: platform releases; the first is what build kits assume.
-        latency_validated: True only when predictions were compared with this very device by us.
+        latency_validated: whether the prediction was compared with latencies of this very device (published by others,
+            held out of the fit; none was measured by us).
+        latency: constants from measurements of your own.
     """
 
     schema_: Literal[1] = Field(alias="schema")
@@ -134,8 +168,10 @@ class Profile(Section):
     software: tuple[Software, ...] = Field(min_length=1)
     declared: tuple[Declared, ...] = ()
     latency_validated: bool = False
+    latency: LatencyFit | None = None
     sources: dict[str, str] = Field(min_length=1)
     notes: tuple[str, ...] = ()
+    traps: tuple[Trap, ...] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -150,6 +186,10 @@ class Profile(Section):
                 raise ValueError(f"channel_multiple must name every allowed precision; {precision} is missing")
             if precision not in self.ops_per_clock_per_sm:
                 raise ValueError(f"ops_per_clock_per_sm must name every allowed precision; {precision} is missing")
+        for trap in self.traps:
+            unknown = set(trap.modes) - set(self.power_modes)
+            if unknown:
+                raise ValueError(f"traps must name power modes of {sorted(self.power_modes)}; got {sorted(unknown)}")
         self._check_sources()
         self._check_declared()
         return self
@@ -239,6 +279,20 @@ class Profile(Section):
             )
         return max(multiple, 16) if sparsity else multiple
 
+    def warnings(self, precision: str, mode: str | None = None) -> list[str]:
+        """What to know before a release in this precision and power mode is built for the target."""
+        chosen = self.default_mode if mode is None else mode
+        found = [
+            trap.text
+            for trap in self.traps
+            if (not trap.modes or chosen in trap.modes) and (not trap.precisions or precision in trap.precisions)
+        ]
+        used = {f"power_modes.{chosen}", "l2_mib", f"ops_per_clock_per_sm.{precision}", "software.0"}
+        guessed = [where for where in self.unconfirmed if where in used]
+        if guessed:
+            found.append(f"no document stands behind {', '.join(guessed)} of {self.name}")
+        return found
+
     def opset_for(self, ops: frozenset[str] | set[str] = frozenset()) -> int:
         """The opset to export a graph with these operators in."""
         if self.opset_scatternd is not None and ops & {"ScatterND", "ScatterElements"}:
@@ -274,14 +328,16 @@ def load_profile(name_or_path: str | Path, *, base: Path | None = None) -> Profi
 
     Args:
         name_or_path: `jetson-agx-orin-64gb`, or a path ending in .yaml or .yml.
-        base: folder that relative paths start from, for example the recipe's.
+        base: folder that relative paths start from, for example the recipe's. A file of the name there wins over the
+            shipped profile.
 
     Raises:
         TargetError: unknown name, missing file, or a file that does not fit the schema.
     """
     path = Path(name_or_path)
     if path.suffix not in {".yaml", ".yml"}:
-        return _read(profile_path(str(name_or_path)))
+        own = None if base is None else base / f"{name_or_path}.yaml"
+        return _read(own if own is not None and own.is_file() else profile_path(str(name_or_path)))
     if base is not None and not path.is_absolute():
         path = base / path
     return _read(path)
@@ -303,10 +359,29 @@ def _read(path: Path) -> Profile:
             f"expected a mapping of profile fields; got {type(raw).__name__} at {path}; "
             "start from a copy: `fusepress targets cp NAME`"
         )
+    raw = _inherited(raw, path)
     try:
         return Profile.model_validate(raw)
     except ValidationError as error:
         raise TargetError(_explain(error, path)) from error
+
+
+def _inherited(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """With what the file leaves to the shipped profile that it inherits from; keys of mappings are merged."""
+    if "inherits" not in raw:
+        return raw
+    base = yaml.safe_load(profile_path(str(raw["inherits"])).read_text(encoding="utf-8"))
+    if "inherits" in base:
+        raise TargetError(
+            f"expected a profile that stands by itself behind `inherits`; got {raw['inherits']!r} at {path}, which "
+            "inherits, too; name the one behind it"
+        )
+    merged = dict(base)
+    for key, value in raw.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = {**base[key], **value} if both else value
+    del merged["inherits"]
+    return merged
 
 
 def _explain(error: ValidationError, path: Path) -> str:
@@ -334,7 +409,7 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _fields(loc: tuple[int | str, ...]) -> list[str]:
     sections: dict[str, type[Section]] = {
         "power_modes": PowerMode, "memory_gib": Figure, "l2_mib": Figure, "ops_per_clock_per_sm": Figure,
-        "dla": Dla, "software": Software, "declared": Declared,
+        "dla": Dla, "software": Software, "declared": Declared, "latency": LatencyFit, "traps": Trap,
     }  # fmt: skip
     section: type[Section] = Profile if len(loc) == 1 else sections.get(str(loc[0]), Profile)
     return [field.alias or name for name, field in section.model_fields.items()]

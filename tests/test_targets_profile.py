@@ -14,6 +14,7 @@ import yaml
 from fusepress.pipeline.errors import TargetError
 from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import PROFILE_FOLDER, TOPS_TOLERANCE, list_profiles, load_profile, profile_path
+from fusepress.targets.roofline import constants_of
 
 ORIN = "jetson-agx-orin-64gb"
 DEVICES_CSV = Path(__file__).resolve().parents[2] / "shared" / "targets" / "devices.csv"
@@ -40,7 +41,6 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
 def test_every_shipped_profile_loads_and_bears_its_own_name(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
-    assert profile.latency_validated is False
     assert profile.opset == (17 if profile.software[0].tensorrt.startswith("8.") else 18)
     assert all(profile.peak_tops("fp16", mode) > 0 for mode in profile.power_modes)
     assert ("fp8" in profile.precisions) == (float(profile.compute_capability or 0) >= 8.9)
@@ -229,3 +229,52 @@ def test_reading_profiles_imports_neither_torch_nor_onnx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_file_beside_the_recipe_wins_and_inherits_what_it_leaves_out(tmp_path: Path) -> None:
+    own = {
+        "inherits": ORIN,
+        "name": ORIN,
+        "power_modes": {"bench": {"sm_count": 16, "gpu_mhz": 1100, "dram_gbps": 200, "source": "mine"}},
+        "sources": {"mine": "our board"},
+    }
+    (tmp_path / f"{ORIN}.yaml").write_text(yaml.safe_dump(own))
+    shipped, found = load_profile(ORIN), load_profile(ORIN, base=tmp_path)
+    assert set(found.power_modes) == {*shipped.power_modes, "bench"}
+    assert found.mode("bench").gpu_mhz == 1100
+    assert found.ops_per_clock_per_sm == shipped.ops_per_clock_per_sm
+    assert found.sources == shipped.sources | {"mine": "our board"}
+    assert load_profile("t4", base=tmp_path) == load_profile("t4")
+
+
+def test_inheritance_from_what_does_not_exist_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("inherits: jetson-agx-orin\n")
+    with pytest.raises(TargetError, match=r"got 'jetson-agx-orin'; did you mean .*jetson-agx-orin-64gb"):
+        load_profile(path)
+
+
+def test_traps_are_told_for_what_they_concern() -> None:
+    nx = load_profile("jetson-orin-nx-16gb")
+    assert any("408 MHz" in text for text in nx.warnings("fp16", "25W"))
+    assert not any("408 MHz" in text for text in nx.warnings("fp16", "15W"))
+    assert any("never 2x" in text for text in nx.warnings("int8"))
+    assert not any("never 2x" in text for text in nx.warnings("fp16"))
+    assert any("no document stands behind l2_mib" in text for text in nx.warnings("fp16"))
+    assert any(
+        "power_modes.MAXN_SUPER" in t for t in load_profile("jetson-orin-nano-8gb").warnings("fp16", "MAXN_SUPER")
+    )
+
+
+def test_a_trap_of_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"traps must name power modes of .*got \['99W'\]"):
+        load_profile(edited(tmp_path, traps=[{"text": "slow", "modes": ["99W"]}]))
+
+
+def test_constants_of_another_version_are_refused(tmp_path: Path) -> None:
+    fit = {
+        "constants": {"compute_fp16": 0.5}, "stream_ms": 0.005, "devices": {}, "gmacs": {}, "precisions": {}, "ops": [],
+        "shares": {}, "known": 1.2, "sibling": 1.3, "rows": 3, "command": "fusepress targets fit measured.yaml",
+    }  # fmt: skip
+    with pytest.raises(TargetError, match=r"expected the constants .*got \['compute_fp16'\] at latency\.constants of"):
+        constants_of(load_profile(edited(tmp_path, latency=fit)))

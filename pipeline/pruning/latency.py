@@ -19,22 +19,22 @@ import numpy.typing as npt
 from fusepress.pipeline.errors import StageError
 from fusepress.pipeline.graph.cost import CostTable
 from fusepress.pipeline.graph.plan import Group, GroupGraph
+from fusepress.targets.kernels import kernel_times
 from fusepress.targets.network import Kernel, Network, read_network
-from fusepress.targets.predict import (
+from fusepress.targets.predict import Prediction, predict_network, resolve
+from fusepress.targets.profile import Precision, Profile
+from fusepress.targets.roofline import constants_of
+from fusepress.targets.work import (
     BYTES,
     PAD_COLUMNS,
     PAD_DEPTH,
     STEM_CHANNELS,
-    Prediction,
+    Traffic,
     Work,
+    describe_traffic,
     kernel_precisions,
-    kernel_times,
-    predict_network,
-    resolve,
-    tensor_widths,
+    reuse_bytes,
 )
-from fusepress.targets.profile import Precision, Profile
-from fusepress.targets.roofline import constants_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,9 +72,8 @@ class _Structure:
     precisions: list[Precision]
     sizes: dict[str, _Sizes]
     product: npt.NDArray[np.bool_]
-    traffic: _Sizes
-    element_bytes: Array
-    traffic_kernel: npt.NDArray[np.intp]
+    traffic: Traffic
+    elements: _Sizes
 
 
 class _Ambiguous(StageError):
@@ -182,7 +181,7 @@ class LatencyCost:
         self._outputs = tuple(output_names or _output_names(model, example_inputs))
         self.profile, self._precision, mode = resolve(profile, precision, power_mode)
         self._mode = self.profile.mode(mode)
-        self._constants = constants_for(self.profile.compute_capability).constants
+        self._constants = constants_of(self.profile).constants
         self._candidates = _candidates(CostModel(graph, model, dict(example_inputs)), len(self.ids))
         self._structures: dict[frozenset[str], _Structure] = {}
         dense = self._structure(frozenset()).network
@@ -400,22 +399,18 @@ def _learn(networks: list[Network], axes: _Axes, precision: Precision | None) ->
         for name in SIZES
     }
     precisions = kernel_precisions(dense, precision)
-    element = tensor_widths(dense, precisions, precision)
-    shapes, owner, width = [], [], []
-    for index, seen in enumerate(columns):
-        for names in zip(*((*kernel.reads, *kernel.writes) for kernel in seen), strict=True):
-            lengths = zip(*(net.tensors[name].shape for net, name in zip(networks, names, strict=True)), strict=True)
-            shapes.append([axes.express(tuple(length)) for length in lengths])
-            owner.append(index)
-            width.append(element[names[0]])
+    traffic = describe_traffic(dense, precisions, precision)
+    shapes = []
+    for names in zip(*(describe_traffic(net, precisions, precision).names for net in networks), strict=True):
+        lengths = zip(*(net.tensors[name].shape for net, name in zip(networks, names, strict=True)), strict=True)
+        shapes.append([axes.express(tuple(length)) for length in lengths])
     return _Structure(
         network=dense,
         precisions=precisions,
         sizes=sizes,
         product=product,
-        traffic=_stacked(shapes, len(axes.coef[0])),
-        element_bytes=np.array(width),
-        traffic_kernel=np.array(owner, dtype=np.intp),
+        traffic=traffic,
+        elements=_stacked(shapes, len(axes.coef[0])),
     )
 
 
@@ -461,6 +456,10 @@ def _work(structure: _Structure, widths: Ints) -> Work:
     weights = size["weights"] + structure.product * (groups * columns * channels * window)
     bytes_of = np.array([BYTES[p] for p in structure.precisions])
     step = np.arange(count)[:, None] * len(kernels)
+    weight_bytes = weights * bytes_of
+    tensor_bytes = structure.elements.at(widths) * structure.traffic.element_bytes
+    between, whole = reuse_bytes(tensor_bytes, weight_bytes, structure.traffic)
+    smooth = np.array([k.smooth and p != "fp32" for k, p in zip(kernels, structure.precisions, strict=True)])
     return Work(
         names=[kernel.name for kernel in kernels] * count,
         ops=[kernel.op for kernel in kernels] * count,
@@ -471,9 +470,13 @@ def _work(structure: _Structure, widths: Ints) -> Work:
         depth=(np.where(depthwise, channels, np.ceil(channels / multiple) * multiple) * window).ravel(),
         groups=groups.ravel(),
         matrix=(matrix & ~depthwise).ravel(),
-        weight_bytes=(weights * bytes_of).ravel(),
-        tensor_bytes=(structure.traffic.at(widths) * structure.element_bytes).ravel(),
-        tensor_kernel=(structure.traffic_kernel[None] + step).ravel(),
+        smooth=np.tile(smooth, count),
+        launches=np.tile(structure.traffic.launches, count),
+        weight_bytes=weight_bytes.ravel(),
+        weight_reuse_bytes=whole.ravel(),
+        tensor_bytes=tensor_bytes.ravel(),
+        tensor_reuse_bytes=between.ravel(),
+        tensor_kernel=(structure.traffic.kernel[None] + step).ravel(),
     )
 
 
