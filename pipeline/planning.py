@@ -38,6 +38,7 @@ def plan_run(ctx: Context, folder: Path) -> dict[str, Any]:
         "target": ctx.profile.name,
         "power_mode": ctx.power_mode,
         "precision": ctx.precision,
+        "warnings": ctx.profile.warnings(ctx.precision, ctx.power_mode),
         "stages": _stages(ctx, store),
     }
     if not ctx.from_onnx:
