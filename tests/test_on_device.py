@@ -17,7 +17,7 @@ from fusepress.export.runtime import OnnxSession
 from fusepress.pipeline import api, cli
 from fusepress.pipeline.errors import MeasureError, UsageError
 from fusepress.pipeline.evidence import Artifact, Measurement, RunRecord, StageRecord, read_run
-from fusepress.pipeline.measuring import budget_verdicts, parse_budgets
+from fusepress.pipeline.measuring import Arrivals, budget_verdicts, parse_budgets
 from fusepress.pipeline.on_device import DeviceSettings
 from fusepress.pipeline.store import sha256_file, sha256_tree
 from fusepress.targets import remote
@@ -95,13 +95,7 @@ def test_arrivals_on_this_host(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["arrivals.mean_ms"]["n"] == 30
     assert {"mean_ms", "p50_ms", "p90_ms", "p99_ms", "p999_ms"} <= set(rows)
     with pytest.raises(UsageError, match=r"expected arrivals at a constant rate on this host; got --host too"):
-        api.measure(model, arrivals=api_arrivals(), device=DeviceSettings(host="orin"))
-
-
-def api_arrivals() -> object:
-    from fusepress.pipeline.measuring import Arrivals
-
-    return Arrivals(rate_hz=10.0)
+        api.measure(model, arrivals=Arrivals(rate_hz=10.0), device=DeviceSettings(host="orin"))
 
 
 @needs_sshd
