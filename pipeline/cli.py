@@ -360,8 +360,8 @@ def measure(
     if what is None:
         raise UsageError("expected a run folder or an ONNX file; got neither; name one, or try --self-test")
     from fusepress.pipeline import api
-    from fusepress.pipeline.gates import exit_code, overall
     from fusepress.pipeline.console import Reporter
+    from fusepress.pipeline.gates import exit_code, overall
 
     device = None
     if host is not None:
@@ -470,20 +470,24 @@ def targets_cp(name: str, destination: Path) -> int:
 
 @targets.command("predict")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="Device profile.")
+@click.option("--target", required=True, help="Device profile; a file NAME.yaml in this folder wins over ours.")
 @click.option("--precision", default="fp16", show_default=True, type=click.Choice(["fp32", "fp16", "int8", "fp8"]))
 @click.option("--mode", help="Power mode [the profile's default].")
+@click.option("--sparse", is_flag=True, help="With 2:4 sparse weights.")
+@click.option("--dla", is_flag=True, help="On one deep-learning accelerator, in INT8.")
 @_json_option
-def targets_predict(model: Path, target: str, precision: Any, mode: str | None, as_json: bool) -> int:
+def targets_predict(
+    model: Path, target: str, precision: Any, mode: str | None, sparse: bool, dla: bool, as_json: bool
+) -> int:
     """Predict the latency of the ONNX file MODEL on a device, with an interval."""
     from fusepress.pipeline.text import prediction_json, prediction_lines
     from fusepress.targets.legality import check_legality
     from fusepress.targets.predict import predict_latency
     from fusepress.targets.profile import load_profile
 
-    profile = load_profile(target)
+    profile = load_profile(target, base=Path())
     check_legality(profile, precision)
-    prediction = predict_latency(model, profile, precision, mode=mode)
+    prediction = predict_latency(model, profile, precision, mode=mode, sparse=sparse, dla=dla)
     if as_json:
         click.echo(json.dumps(prediction_json(prediction), indent=1))
     else:

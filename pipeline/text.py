@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,8 +107,8 @@ def reproduced_lines(found: Sequence[Reproduced]) -> list[str]:
 def measured_lines(measured: Measured) -> list[str]:
     """Latency on this host, and the verdicts of the budgets."""
     lines = [_measurement_line(m) for m in measured.measurements]
-    lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]
     lines += _pipeline_lines(measured.environment.get("pipeline"))
+    lines += [f"{v.verdict:<13}{v.gate} limit {_number(v.limit)} ms: {v.why}" for v in measured.verdicts]
     if measured.record is not None:
         lines.append(f"added to the run; its verdict is {measured.record.verdict}")
     return lines
@@ -116,15 +117,14 @@ def measured_lines(measured: Measured) -> list[str]:
 def _measurement_line(m: Measurement) -> str:
     high = "no upper bound" if m.high is None else f"{m.high:.4g}"
     note = f"  ({m.note})" if m.note else ""
-    return (
     if m.unit != "ms":
         return f"{m.name.removeprefix('latency.'):<8}{m.value:9.4g} {m.unit}   {m.kind}{note}"
+    return (
         f"{m.name.removeprefix('latency.'):<8}{m.value:9.4g} ms   95 % interval {_number(m.low)} to {high}   "
         f"n {m.n}  {m.kind}{note}"
     )
 
 
-def plan_lines(facts: dict[str, Any]) -> list[str]:
 def _pipeline_lines(pipeline: dict[str, Any] | None) -> list[str]:
     if pipeline is None:
         return []
@@ -155,9 +155,11 @@ def doctor_lines(facts: DeviceFacts, findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
+def plan_lines(facts: dict[str, Any]) -> list[str]:
     """A dry run as text."""
     lines = [f"run       {facts['run']}", f"target    {facts['target']} ({facts['power_mode']}, {facts['precision']})"]
     lines += [f"stage     {s['name']:<9} {s['state']}{': ' + s['why'] if 'why' in s else ''}" for s in facts["stages"]]
+    lines += [f"warning   {warning}" for warning in facts.get("warnings", ())]
     if "modalities" in facts:
         lines.append(f"{'modality':<10}{'MMACs':>9}{'params':>10}{'groups':>8}{'prunable MACs':>15}{'params':>9}")
         lines += [
@@ -276,27 +278,76 @@ def prediction_json(prediction: Prediction) -> dict[str, Any]:
         "latency_ms": prediction.latency_ms,
         "low_ms": prediction.low_ms,
         "high_ms": prediction.high_ms,
+        "stream_ms": prediction.stream_ms,
         "extrapolating": prediction.extrapolating,
+        "reasons": list(prediction.reasons),
+        "device_validated": prediction.device_validated,
         "target": prediction.device,
         "power_mode": prediction.power_mode,
         "precision": prediction.precision,
         "kind": "predicted",
         "layers": [
-            {"name": layer.name, "op": layer.op, "ms": layer.ms, "bound": layer.bound} for layer in prediction.layers
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "precision": layer.precision,
+                "ms": layer.ms,
+                "bound": layer.bound,
+                "macs": layer.macs,
+                "bytes": layer.bytes,
+            }
+            for layer in prediction.layers
         ],
     }
 
 
 def prediction_lines(prediction: Prediction) -> list[str]:
-    """A prediction as text, the ten costliest layers below it."""
-    flag = ", extrapolating: outside what the predictor was validated on" if prediction.extrapolating else ""
+    """A prediction as text, what it rests on, and the ten costliest layers below it."""
+    flag = ", extrapolating" if prediction.extrapolating else ""
     lines = [
         (
-            f"{prediction.latency_ms:.4g} ms predicted (95 % interval {prediction.low_ms:.4g} to "
+            f"{prediction.latency_ms:.4g} ms predicted (90 % interval {prediction.low_ms:.4g} to "
             f"{prediction.high_ms:.4g}{flag})"
         ),
-        f"{prediction.device}, {prediction.power_mode}, {prediction.precision}, batch 1",
+        f"{prediction.device}, {prediction.power_mode}, {prediction.precision}, batch 1, replayed from a CUDA graph",
+        f"{prediction.stream_ms:.4g} ms where the host starts every kernel",
     ]
+    lines += [f"extrapolating: {reason}" for reason in prediction.reasons]
+    if prediction.validated_on and not prediction.device_validated:
+        lines.append(f"not validated on this device, but on {', '.join(prediction.validated_on)}")
     costly = sorted(prediction.layers, key=lambda layer: -layer.ms)[:10]
     lines += [f"  {layer.ms:9.5f} ms  {layer.bound:<8} {layer.op:<18} {layer.name}" for layer in costly]
     return lines
+
+
+def fit_json(fit: PersonalFit, rows: int) -> dict[str, Any]:
+    """What a fit of measurements found, as outside tools read it: errors of held-out families only."""
+    held = [error for errors in fit.log_errors.values() for error in errors]
+    return {
+        "rows": rows,
+        "families": len(fit.log_errors),
+        "calibrated": fit.calibrated,
+        "interval_factor": fit.latency["known"],
+        "error_before": _mean_error(fit.before),
+        "error_held_out": _mean_error(held) if held else None,
+        "error_by_family": {name: _mean_error(errors) for name, errors in fit.log_errors.items()},
+    }
+
+
+def fit_lines(fit: PersonalFit, rows: int) -> list[str]:
+    """What a fit of measurements found, as text."""
+    found = fit_json(fit, rows)
+    lines = [f"{rows} measured latencies of {max(1, len(fit.log_errors))} model families"]
+    lines.append(f"mean error before  {found['error_before']:.1%}")
+    if found["error_held_out"] is None:
+        lines.append("mean error now     unknown: one family cannot be held out of its own fit; measure another")
+    else:
+        lines.append(f"mean error now     {found['error_held_out']:.1%}, each family predicted by a fit without it")
+        lines += [f"  {error:6.1%}  {name}" for name, error in found["error_by_family"].items()]
+    how = "from held-out families" if fit.calibrated else "kept from before or the largest error: too few rows for 90 %"
+    lines.append(f"90 % interval      a factor of {found['interval_factor']:.3g} either way, {how}")
+    return lines
+
+
+def _mean_error(log_errors: Sequence[float]) -> float:
+    return sum(abs(math.expm1(error)) for error in log_errors) / len(log_errors)
