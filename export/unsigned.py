@@ -3,7 +3,8 @@
 Behind a Relu, the 128 negative numbers of symmetric INT8 stand for nothing. Unsigned numbers with zero point 0 over the
 same range have steps of 127/255 of the size, and quantising to them clips below 0 itself, so that ONNX Runtime drops
 the Relu and fuses Q, DQ and the layer between them into one integer kernel. TensorRT takes symmetric INT8 only: this is
-for files that a CPU runs.
+for files that a CPU runs. On x86 without VNNI, sums of two products of full-range numbers may saturate in its kernels:
+judge the file on the machine that runs it.
 """
 
 from __future__ import annotations

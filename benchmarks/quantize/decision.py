@@ -12,6 +12,7 @@ benchmarks/results/quantize/decision.json and .md.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ def exhaustive(bench: Bench) -> Json:
     ranking = sorted(units, key=lambda unit: -won[unit] / costs[unit])
     found = search(ranking, tried, most_trials=10 * len(units))
     return {
+        "judged_samples": standard.reference.n,
+        "cost_unit": bench.sensitivity.cost_unit,
         "evaluations": judge.evaluations - begun,
         "rung": found.rung,
         "spared": sorted(found.spared),
@@ -63,12 +66,12 @@ def run(bench: Bench) -> Json:
     costs = {row["name"]: row["cost"] for row in table["units"]}
     return {
         "units": len(costs),
-        "judged_samples": bench.standard.reference.n,
+        "judged_samples": table["judged_samples"],
         "standard": ladder["standard"],
         "max_drop": ladder["max_drop"],
         "all_int8_loses": table["all_int8_loses"],
         "same": sorted(ladder["spared"]) == table["spared"],
-        "cost_unit": bench.sensitivity.cost_unit,
+        "cost_unit": table["cost_unit"],
         "ladder": {
             "evaluations": ladder["evaluations"],
             "spared": ladder["spared"],
@@ -101,10 +104,14 @@ def main() -> int:
     options.add_argument(
         "--judged-batches", type=int, default=None, help="of the calib split; the whole of it if absent"
     )
+    options.add_argument("--whole", action="store_true", help="without what the recipes exclude")
     arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
-    networks = {bench.network.name: run(bench) for bench in benches(arguments, arguments.judged_batches)}
+    networks = {}
+    for bench in benches(arguments, arguments.judged_batches):
+        seen = replace(bench, network=replace(bench.network, exclude=())) if arguments.whole else bench
+        networks[bench.network.name] = run(seen)
     result = {
         "command": "python -m benchmarks.quantize.decision --data DRIVE --networks " + " ".join(networks),
         "tools": tool_versions("nvidia-modelopt", "onnx", "onnxruntime-gpu", "numpy"),

@@ -86,6 +86,8 @@ class Bench:
             "seed": SEED,
             "tools": tool_versions(*TOOLS),
         }
+        if self.network.exclude or self.network.max_drop is not None:
+            facts |= {"exclude": self.network.exclude, "max_drop": self.network.max_drop}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -149,7 +149,7 @@ def table(networks: dict[str, Json]) -> list[str]:
             value, low, high = own["speedup"]
             cpu = f"{own['mean_ms']:.1f} ({own['low_ms']:.1f} to {own['high_ms']:.1f})"
             by_cpu = f"{value:.2f} ({low:.2f} to {high:.2f})"
-            parts = [f"{count}: {ms:.2f} ms" for count, ms in kinds]
+            parts = [str(count) for count, _ in kinds]
             counts = f"{row['n']}, {own['n']}"
             rows.append([name, file, mean, speedup, cpu, by_cpu, counts, *parts, f"{row[found['metric']]:.4f}"])
     timed = ("Mean, ms (95 %) ", "Speed-up ", "Processor time, ms ", "Speed-up by it ", "n ")
