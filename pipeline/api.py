@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.bundling.make import Bundle
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
+    from fusepress.pipeline.comparing import Compared
     from fusepress.pipeline.measuring import Arrivals
     from fusepress.pipeline.on_device import DeviceSettings
     from fusepress.pipeline.stages.base import Context
@@ -629,6 +630,20 @@ def bundle(
         licences=[Path(path) for path in licences],
         refused=refused,
     )
+
+
+def compare(runs: Sequence[str | Path]) -> list[Compared]:
+    """Several runs side by side, and which of them no other one for the same target beats.
+
+    Args:
+        runs: run folders, two or more.
+
+    Raises:
+        UsageError: fewer than two, or one that is no run.
+    """
+    from fusepress.pipeline.comparing import compare_runs
+
+    return compare_runs([Path(run) for run in runs])
 
 
 def verify(bundle: str | Path, *, key: str | Path | None = None) -> Verified:

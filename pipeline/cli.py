@@ -214,6 +214,22 @@ def gate(
 
 
 @cli.command()
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
+@_json_option
+def compare(runs: tuple[Path, ...], as_json: bool) -> int:
+    """Put RUNs side by side; a star marks those that no other one for the same target beats."""
+    from fusepress.pipeline import api
+    from fusepress.pipeline.text import print_compared
+
+    found = api.compare(runs)
+    if as_json:
+        click.echo(json.dumps([row.to_dict() for row in found], indent=1))
+    else:
+        print_compared(found)
+    return 0
+
+
+@cli.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The file [RUN.bundle.tar].")
 @click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign with.")

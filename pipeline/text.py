@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.bundling.make import Bundle
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
+    from fusepress.pipeline.comparing import Compared
     from fusepress.targets.doctor import DeviceFacts, Finding
     from fusepress.targets.fit import PersonalFit
     from fusepress.targets.predict import Prediction
@@ -78,6 +79,45 @@ def outcome_lines(outcome: Outcome) -> list[str]:
 
 def _first_sentence(why: str) -> str:
     return why if len(why) <= 160 else why[:157] + "..."
+
+
+def print_compared(rows: Sequence[Compared]) -> None:
+    """The table of runs; below it, which run is beaten by which."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (
+        "",
+        "run",
+        "target",
+        "precision",
+        "verdict",
+        "accuracy",
+        "latency, ms",
+        "MMACs",
+        "MiB",
+        "worst failure",
+    ):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        star = "*" if row.to_dict()["pareto"] else ""
+        worst = "-" if row.worst_failure is None else f"{row.worst_failure[0]} {_number(row.worst_failure[1])}"
+        macs = None if row.macs is None else row.macs / 1e6
+        figures = (_figure(row.accuracy), _figure(row.latency), _number(macs), _number(row.size_mib), worst)
+        table.add_row(star, row.name, row.target, row.precision or "-", row.verdict or "-", *figures)
+    console = _console()
+    console.print(table)
+    for row in rows:
+        if row.beaten_by:
+            console.print(f"{row.name} is beaten by {', '.join(row.beaten_by)}", markup=False)
+
+
+def _figure(m: Measurement | None) -> str:
+    if m is None:
+        return "-"
+    interval = "" if m.low is None or m.high is None else f" ({m.low:.4g} to {m.high:.4g})"
+    return f"{m.value:.4g}{interval} {m.kind}"
 
 
 def bundle_lines(bundle: Bundle) -> list[str]:

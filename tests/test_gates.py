@@ -218,29 +218,6 @@ def test_a_class_missing_from_few_draws_does_not_matter() -> None:
     assert interval(1.0, np.r_[np.full(5, np.nan), np.ones(95)], 10) == Interval(1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("clusters", [20, 30])
-def test_false_alarms_of_the_accuracy_gate_are_about_nominal(clusters: int) -> None:
-    """At a true drop exactly on the limit, FAIL and PASS are both errors, each with a nominal rate of 2.5 %."""
-    generator = np.random.default_rng(17)
-    limit, size, trials = 0.05, 3, 400
-    counts = {"PASS": 0, "FAIL": 0, "INCONCLUSIVE": 0, "ANOMALOUS": 0}
-    groups = names_of(clusters, size)
-    gates = GatesConfig(accuracy=AccuracyGate(max_drop=limit))
-    record = run()
-    for trial in range(trials):
-        hardness = np.repeat(generator.normal(size=clusters), size)  # common to both models: pairing removes it
-        loss = np.repeat(generator.normal(limit, 0.05, size=clusters), size) + generator.normal(
-            0, 0.05, clusters * size
-        )
-        condition = compare({"hit": hardness}, {"hit": hardness - loss}, mean_score, groups, replicates=200, seed=trial)
-        replicates = Replicates(clean=condition, samples=len(groups), clusters=clusters)
-        counts[judge(record, replicates, gates, MIOU)[0].verdict] += 1
-    # three standard errors of a binomial around 2.5 % of 400, plus a little for 200 replicates
-    for wrong in ("PASS", "FAIL"):
-        assert 0.003 <= counts[wrong] / trials <= 0.055, counts
-    assert counts["INCONCLUSIVE"] / trials > 0.9
-
-
 # ---------------------------------------------------------------------------------------------------- the stored file
 
 
@@ -295,6 +272,9 @@ def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(StoreError, match="got a file that does not fit"):
             load_replicates(path)
+    np.savez_compressed(path, **{"meta/schema": np.array(1)})  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="compressed members, which could unpack to any size"):
+        load_replicates(path)
     np.savez(path, other=np.ones(3))
     with pytest.raises(StoreError, match="does not fit"):
         load_replicates(path)

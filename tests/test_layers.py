@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.api",),
     (
         "pipeline.bundling",
+        "pipeline.comparing",
         "pipeline.explaining",
         "pipeline.planning",
         "pipeline.measuring",

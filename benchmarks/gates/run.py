@@ -1,6 +1,8 @@
 """False PASS and false FAIL rates of the gates, and their power, on synthetic evaluations with a known truth.
 
 python -m benchmarks.gates.run            # writes results/gates/{rates.json, rates.md, power.svg}
+
+Finished rows are kept in a file of counts (`--cells`), so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -8,10 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,32 @@ from fusepress.pipeline.store import atomic_write_text
 OUT = Path(__file__).resolve().parents[1] / "results/gates"
 LIMIT = 0.03
 BOUND = 0.05
+CELLS = Path("build/gates-cells.json")
 CLUSTERS = (20, 30, 64, 150, 400)
 DRIVES = (400, 900, 2500)  # the first is too short to be judged
 POWER_CLUSTERS = (20, 40, 64, 90, 130, 300)
-POWER_TRIALS = 1000
+POWER_TRIALS = 500
 STATED_CLUSTERS = 64  # street's evaluation: 256 frames of 64 streets
 GATES_TOGETHER = 6
 ACCURACY = GatesConfig(accuracy=AccuracyGate(max_drop=LIMIT))
+
+
+class Cells:
+    """Counts of finished rows, by what shapes them."""
+
+    def __init__(self, path: Path, replicates: int, seed: int) -> None:
+        self.path = path
+        self.facts = [replicates, seed, np.__version__, scipy.__version__]
+        self.counts: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, name: str, trials: int, make: Callable[[], Mapping[str, int]]) -> dict[str, int]:
+        """The counts of a row, made now unless they are there."""
+        key = json.dumps([name, trials, *self.facts])
+        if key not in self.counts:
+            self.counts[key] = dict(make())
+            atomic_write_text(self.path, json.dumps(self.counts, indent=1) + "\n")
+            print(name, self.counts[key], flush=True)
+        return self.counts[key]
 
 
 def rate(count: int, trials: int) -> dict[str, Any]:
@@ -42,16 +63,16 @@ def rate(count: int, trials: int) -> dict[str, Any]:
     return {"count": count, "trials": trials, "rate": count / trials, "low": found.low, "high": found.high}
 
 
-def at_the_limit(trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
+def at_the_limit(cells: Cells, trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
     """The true drop is the limit: PASS and FAIL are both errors, and nowhere are they likelier."""
     worlds = [World(clusters=k, drop=LIMIT, losses=losses) for losses in ("normal", "skewed") for k in CLUSTERS]
     worlds += [World(clusters=1, frames=n, drop=LIMIT) for n in DRIVES]
     rows = []
     for world in worlds:
-        counts = tally(world, ACCURACY, trials=trials, replicates=replicates, seed=seed)
         kind = "single drive, memory 0.9" if world.clusters == 1 else f"{world.losses} losses"
-        rows.append(_row(kind, world, counts, trials))
-        print(kind, world.clusters, world.frames, dict(counts), flush=True)
+        name = f"{kind} {world.clusters} {world.frames}"
+        make = partial(tally, world, ACCURACY, trials=trials, replicates=replicates, seed=seed)
+        rows.append(_row(kind, world, cells.get(name, trials, make), trials))
     return rows
 
 
@@ -66,29 +87,31 @@ def _row(kind: str, world: World, counts: Mapping[str, int], trials: int) -> dic
     }
 
 
-def extra_drop(trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
+def extra_drop(cells: Cells, trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
     """The robustness gate, whose true extra drop is the limit: four scores, paired."""
     world = World(clusters=STATED_CLUSTERS, drop=LIMIT)
+    counts = cells.get("extra drop", trials, partial(_extra_drop_counts, world, trials, replicates, seed))
+    return [_row("extra drop under a failure", world, counts, trials)]
+
+
+def _extra_drop_counts(world: World, trials: int, replicates: int, seed: int) -> Counter[str]:
     gates = GatesConfig(robustness={"failure": RobustnessGate(max_extra_drop=LIMIT)})
     draws, generator = draws_of(world, replicates, seed), np.random.default_rng([seed, 77])
     clean = conditions(simulate(replace(world, drop=0.01), trials, generator), draws)
     failed = conditions(simulate(replace(world, drop=0.01 + LIMIT), trials, generator), draws)
     pairs = zip(clean, failed, strict=True)
-    counts = Counter(verdicts_of(replicates_of(world, c, failure=f), gates)[0].verdict for c, f in pairs)
-    print("extra drop", dict(counts), flush=True)
-    return [_row("extra drop under a failure", world, counts, trials)]
+    return Counter(verdicts_of(replicates_of(world, c, failure=f), gates)[0].verdict for c, f in pairs)
 
 
-def released(trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
+def released(cells: Cells, trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
     """Six gates of one release (one on the clean samples, five under failures), dependent through the clean scores."""
     rows = []
     for name, beyond in (
         ("all six exactly at their limits", GATES_TOGETHER),
         ("one at its limit, five well within", 1),
     ):
-        found = _releases(beyond, trials, replicates, seed)
+        found = cells.get(name, trials, partial(_releases, beyond, trials, replicates, seed))
         rows.append({"truth": name} | {key: rate(count, trials) for key, count in found.items()})
-        print(name, found, flush=True)
     return rows
 
 
@@ -113,18 +136,18 @@ def _releases(at_limit: int, trials: int, replicates: int, seed: int) -> dict[st
     return found
 
 
-def power(trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
+def power(cells: Cells, trials: int, replicates: int, seed: int) -> list[dict[str, Any]]:
     """How often a good release passes and a bad one is caught, by the number of clusters."""
     rows = []
     for clusters in POWER_CLUSTERS:
         row: dict[str, Any] = {"clusters": clusters, "samples": clusters * World(clusters=clusters, drop=0).frames}
         for share, says in ((0.0, "PASS"), (0.5, "PASS"), (2.0, "FAIL")):
             world = World(clusters=clusters, drop=share * LIMIT)
-            counts = tally(world, ACCURACY, trials=trials, replicates=replicates, seed=seed)
-            wanted = counts[says] + (counts["ANOMALOUS"] if says == "PASS" else 0)
+            make = partial(tally, world, ACCURACY, trials=trials, replicates=replicates, seed=seed)
+            counts = cells.get(f"power {clusters} {share:g}", trials, make)
+            wanted = counts.get(says, 0) + (counts.get("ANOMALOUS", 0) if says == "PASS" else 0)
             row[f"{says} at {share:g} x limit"] = rate(wanted, trials)
         rows.append(row)
-        print({key: value["rate"] if isinstance(value, dict) else value for key, value in row.items()}, flush=True)
     return rows
 
 
@@ -213,9 +236,10 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--cells", type=Path, default=CELLS)
     given = parser.parse_args()
     arguments = (given.trials, given.replicates, given.seed)
-    started = time.monotonic()
+    cells = Cells(given.cells, given.replicates, given.seed)
     result = {
         "command": "python -m benchmarks.gates.run --trials {} --replicates {} --seed {}".format(*arguments),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
@@ -223,11 +247,10 @@ def main() -> None:
         "replicates": given.replicates,
         "seed": given.seed,
         "limit": LIMIT,
-        "at_the_limit": at_the_limit(*arguments) + extra_drop(*arguments),
-        "releases": released(*arguments),
-        "power": power(POWER_TRIALS, given.replicates, given.seed),
+        "at_the_limit": at_the_limit(cells, *arguments) + extra_drop(cells, *arguments),
+        "releases": released(cells, *arguments),
+        "power": power(cells, POWER_TRIALS, given.replicates, given.seed),
     }
-    result["minutes"] = round((time.monotonic() - started) / 60, 1)
     given.out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(given.out / "rates.json", json.dumps(result, indent=1) + "\n")
     atomic_write_text(given.out / "rates.md", markdown(result))
