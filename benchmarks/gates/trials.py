@@ -76,7 +76,8 @@ def _cluster_losses(world: World, trials: int, generator: np.random.Generator) -
     shape = (trials, world.clusters, 1)
     if world.losses == "normal":
         return world.cluster_sd * generator.normal(size=shape)
-    return world.cluster_sd * (generator.gamma(2.0, size=shape) - 2.0) / np.sqrt(2.0)
+    skewed: Floats = world.cluster_sd * (generator.gamma(2.0, size=shape) - 2.0) / np.sqrt(2.0)
+    return skewed
 
 
 def _drive(world: World, trials: int, generator: np.random.Generator) -> Floats:

@@ -140,7 +140,8 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def _entries(file: IO[bytes], total: int) -> Iterator[Entry]:
-    index, offset, names = 0, 0, []
+    index, offset = 0, 0
+    names: list[str] = []
     while True:
         file.seek(offset)
         header = file.read(BLOCK)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
 NO_LIBRARY = "no bill of materials: cyclonedx-python-lib is not installed; pip install 'fusepress[bom]'"
+MOST_LICENCE_CHARACTERS = 300
 MODEL_FILES = (".onnx", ".engine", ".safetensors")
 
 
@@ -97,12 +98,7 @@ def _tool(name: str, version: str) -> Component | None:
 
     if version == "absent":
         return None
-    try:
-        metadata = importlib.metadata.metadata(name)
-        stated = metadata.get("License-Expression") or metadata.get("License") or ""
-    except importlib.metadata.PackageNotFoundError:  # the run was made elsewhere
-        stated = ""
-    licence = stated.strip().splitlines()[0][:120] if stated.strip() else ""
+    licence = _stated_licence(name)
     return Component(
         name=name,
         type=ComponentType.LIBRARY,
@@ -110,6 +106,19 @@ def _tool(name: str, version: str) -> Component | None:
         version=version,
         licenses=[DisjunctiveLicense(name=licence)] if licence else [],
     )
+
+
+def _stated_licence(package: str) -> str:
+    """What an installed package says its licence is: an expression or a name; empty where it gives a text, or none."""
+    try:
+        metadata = importlib.metadata.metadata(package).json
+    except importlib.metadata.PackageNotFoundError:  # the run was made elsewhere
+        return ""
+    named = str(metadata.get("license_expression") or metadata.get("license") or "").strip()
+    if named and "\n" not in named and len(named) <= MOST_LICENCE_CHARACTERS:
+        return named
+    kinds = [str(c).rpartition(" :: ")[2] for c in metadata.get("classifier", []) if str(c).startswith("License ::")]
+    return ", ".join(kinds)
 
 
 def _data(record: RunRecord) -> list[Component]:
