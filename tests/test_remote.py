@@ -161,11 +161,7 @@ def test_connections_that_are_killed_in_every_phase_cost_nothing_but_time(
         deadline = time.monotonic() + 500
         while len(dropped) < len(PHASES) and time.monotonic() < deadline:
             for phase in PHASES:
-                if (
-                    phase not in dropped
-                    and double.read(f"in-{phase}") == ""
-                    and (double.folder / f"in-{phase}").exists()
-                ):
+                if phase not in dropped and (double.folder / f"in-{phase}").exists():
                     assert server.drop() > 0
                     dropped.append(phase)
             time.sleep(0.05)
@@ -182,7 +178,8 @@ def test_connections_that_are_killed_in_every_phase_cost_nothing_but_time(
         found = measure_remote(device, [order], references=references, profile=ORIN, settings=QUICK, say=say)
     thread.join()
     assert sorted(dropped) == sorted(PHASES)
-    assert found.drops >= 5
+    assert shipping
+    assert found.drops >= 1  # of those that a call was under way in; the others' next call connects by itself
     assert found.engines[order.name].latency.n == 400
     assert found.differences[0].relative == 0.0
     assert double.calls("--onnx=") == 1  # what ran went on
