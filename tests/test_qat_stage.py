@@ -80,19 +80,18 @@ def accuracy(record: RunRecord, name: str) -> float:
 
 
 def test_no_steps_release_the_bytes_that_calibration_alone_releases(project: Path) -> None:
-    for method in ("auto", "entropy"):
-        _, alone = ran(project, f"ptq-{method}", f"quantize.method={method}")
-        record, trained = ran(project, f"zero-{method}", f"quantize.method={method}", "qat={steps: 0, ranges: learned}")
-        one, other = (folder / "quantize/model.onnx" for folder in (alone, trained))
-        assert one.read_bytes() == other.read_bytes()
-        assert stage_of(record, "qat").details["not_followed"] == {}
-        assert stage_of(record, "qat").details["followed_nodes"] > 5
+    """By modelopt's own method too, whose scales are no limit over 127."""
+    _, alone = ran(project, "ptq", "quantize.method=entropy")
+    record, trained = ran(project, "zero", "quantize.method=entropy", "qat={steps: 0, ranges: learned}")
+    assert (alone / "quantize/model.onnx").read_bytes() == (trained / "quantize/model.onnx").read_bytes()
+    assert stage_of(record, "qat").details["not_followed"] == {}
+    assert stage_of(record, "qat").details["followed_nodes"] > 5
 
 
 def test_what_an_outlier_costs_training_wins_back(project: Path) -> None:
     options = ("checkpoint=outlier.safetensors",)
     ptq, _ = ran(project, "outlier", *options)
-    qat, folder = ran(project, "outlier-qat", *options, "qat={steps: 60, lr: 1.0e-3, ranges: learned}")
+    qat, folder = ran(project, "outlier-qat", *options, "qat={steps: 40, lr: 1.0e-3, ranges: learned}")
     lost = accuracy(ptq, "baseline") - accuracy(ptq, "quantize")
     kept = accuracy(qat, "baseline") - accuracy(qat, "quantize")
     assert lost > 0.05
@@ -132,8 +131,7 @@ def test_where_nothing_is_left_quantised_the_model_of_before_is_released(project
         "quantize={precision: int8, samples: 8, method: max, max_drop: 0.0, sensitivity: false}",
     )
     details = stage_of(record, "quantize").details
-    if details["ladder"]["rung"] != "float":
-        pytest.skip("some layers met the limit")
+    assert details["ladder"]["rung"] == "float"
     before = load_file(folder / "qat/before.safetensors")
     released = load_file(folder / record.artifacts["checkpoint"].path)
     assert same(before, released)
@@ -280,8 +278,10 @@ def test_fp8_is_searched_and_trained_as_int8_is(project: Path) -> None:
     assert details["ladder"]["rung"] == "fp8"
     assert "units in FP8" in details["ladder"]["reason"]
     assert details["precision"] == "fp8"
-    assert {row["branch"] for row in details["sensitivity"]["branches"]} == {"camera", "lidar", "fusion"}
-    assert details["coverage"]["macs_share"] > 0.5
+    reasons = {row["name"]: row["reason"] for row in details["coverage"]["layers"] if row["precision"] != "fp8"}
+    assert "too few channels or a kernel without fp8 support" in reasons["camera.1.0/Conv"]  # 16 to 24
+    assert {row["branch"] for row in details["sensitivity"]["branches"]} == {"fusion"}
+    assert 0.2 < details["coverage"]["macs_share"] < 1
     assert stage_of(record, "qat").details["choice"].keys() >= {"output_error_by_max_percent"}
     assert "output_error_by_mse_percent" not in stage_of(record, "qat").details["choice"]
     assert accuracy(record, "qat") == pytest.approx(accuracy(record, "quantize"), abs=0.01)
@@ -311,10 +311,10 @@ print(json.dumps({str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hex
 
 
 def test_two_processes_with_other_hash_seeds_write_the_same_bytes(project: Path) -> None:
-    """Through sparsify, qat, slim and quantise, with a search; each in a store of its own."""
+    """Through sparsify, qat, slim and quantise; each in a store of its own."""
     (project / "once.py").write_text(SCRIPT)
     options = ['sparsify={pattern: "2:4", permute: true, steps: 2}', "qat={steps: 2, ranges: learned}"]
-    options += ["quantize={precision: int8, samples: 8, max_drop: 0.001}", "checkpoint=outlier.safetensors"]
+    options += ["quantize={precision: int8, samples: 8, search: false, sensitivity: false}"]
     found = []
     for seed in ("1", "77"):
         command = [sys.executable, "once.py", "recipe.yaml", str(project / f"seed-{seed}" / "run"), *options]
