@@ -34,7 +34,7 @@ from fusepress.targets.predict import (
     resolve,
 )
 from fusepress.targets.profile import Precision, Profile
-from fusepress.targets.roofline import constants_for
+from fusepress.targets.roofline import constants_of
 
 FindingKind = Literal[
     "reformat",
@@ -232,7 +232,7 @@ class _Prices:
 
     def _times(self, work: Work) -> Times:
         at = self.resolved.mode(self.mode_name)
-        return kernel_times(work, self.resolved, at, constants_for(self.resolved.compute_capability).constants)
+        return kernel_times(work, self.resolved, at, constants_of(self.resolved).constants)
 
 
 def _seam_findings(seams: Sequence[Seam], wiring: Wiring, prices: _Prices) -> Iterator[Finding]:

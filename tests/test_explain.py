@@ -59,12 +59,12 @@ def test_a_clean_int8_graph_has_no_findings(tmp_path: Path) -> None:
 
 def test_channels_that_are_no_multiple_are_found_and_the_cut_is_priced(tmp_path: Path) -> None:
     graph = Graph(half=True)
-    graph.output(_chain(graph, graph.input("x", [1, 256, SIZE, SIZE]), [256, 252, 256]))
+    graph.output(_chain(graph, graph.input("x", [1, 256, SIZE, SIZE]), [256, 228, 256]))
     explanation = _explain(graph, tmp_path)
     (found,) = _of(explanation, "odd channels")
     assert found.where == "layer1"
-    assert found.what == "252 channels in, 256 out: not multiples of 8; the gain is that of 248 in, 256 out"
-    # 252 and 248 outputs are the same number of tiles
+    assert found.what == "228 channels in, 256 out: not multiples of 8; the gain is that of 224 in, 256 out"
+    # 228 and 224 outputs are the same number of tiles
     assert explanation.small == {"odd channels": 1}
 
 
@@ -181,12 +181,12 @@ def test_seams_of_an_engine_are_taken_from_its_own_list(tmp_path: Path) -> None:
         EngineLayer(name="b", type="correlation", precision="int8", nodes=("b",)),
     )
     explanation = _explain(graph, tmp_path, "int8", layers)
-    assert {(f.kind, f.where) for f in explanation.findings} == {
+    assert {(f.kind, f.where) for f in explanation.findings if f.kind != "memory bound"} == {
         ("reformat", "k0"),
         ("reformat", "Reformatting CopyNode for Input Tensor 0 to b"),
         ("broken fusion", "k1"),
     }
-    assert {f.source for f in explanation.findings} == {"engine"}
+    assert {f.source for f in explanation.findings if f.kind != "memory bound"} == {"engine"}
     (broken,) = _of(explanation, "broken fusion")
     assert broken.advice.startswith("the file lets them fuse and the builder did not")  # the Relu is right behind it
     assert explanation.layers == 5
@@ -214,7 +214,9 @@ def test_a_tail_of_small_kernels_is_found(tmp_path: Path) -> None:
     graph = Graph(half=True)
     x = _chain(graph, graph.input("x", [1, 64, SIZE, SIZE]), [64, 64])
     x = graph.add("MaxPool", x, name="pool", kernel_shape=[16, 16], strides=[16, 16])
-    graph.output(_chain(graph, x, [64] * 7, "tail"))
+    for index in range(6):
+        x = graph.add("Relu", graph.conv(x, (64, 64), f"tail{index}", size=1), name=f"tail{index}/Relu")
+    graph.output(x)
     (found,) = _of(_explain(graph, tmp_path), "launch bound")
     assert found.where.endswith("to tail5")
     assert "kernels in a row that take longer to start than to run" in found.what
