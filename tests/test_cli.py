@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_help_names_every_verb_and_the_exit_codes() -> None:
     text = CliRunner().invoke(cli, ["--help"]).output
-    for verb in ("compress", "plan", "gate", "report", "measure", "init", "targets"):
+    for verb in (
+        *("compress", "plan", "gate", "report", "measure", "init", "targets"),
+        *("compare", "bundle", "verify", "reproduce"),
+    ):
         assert re.search(rf"^  {verb}\b", text, re.MULTILINE)
     assert "3 a gate failed" in " ".join(text.split())
 

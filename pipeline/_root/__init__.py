@@ -9,18 +9,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusepress.pipeline.api import compress, explain, gate, measure, plan, report
+    from fusepress.pipeline.api import (
+        bundle,
+        compare,
+        compress,
+        explain,
+        gate,
+        measure,
+        plan,
+        report,
+        reproduce,
+        verify,
+    )
     from fusepress.pipeline.errors import FusepressError
     from fusepress.pipeline.graph.apply import load
     from fusepress.pipeline.task import Batch
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "FusepressError", "__version__", "compress", "explain", "gate", "load", "measure", "plan", "report"]
+__all__ = [
+    "Batch",
+    "FusepressError",
+    "__version__",
+    "bundle",
+    "compare",
+    "compress",
+    "explain",
+    "gate",
+    "load",
+    "measure",
+    "plan",
+    "report",
+    "reproduce",
+    "verify",
+]
 
 _HOME = {
     "Batch": "fusepress.pipeline.task",
     "FusepressError": "fusepress.pipeline.errors",
+    "bundle": "fusepress.pipeline.api",
+    "compare": "fusepress.pipeline.api",
     "compress": "fusepress.pipeline.api",
     "explain": "fusepress.pipeline.api",
     "gate": "fusepress.pipeline.api",
@@ -28,6 +56,8 @@ _HOME = {
     "measure": "fusepress.pipeline.api",
     "plan": "fusepress.pipeline.api",
     "report": "fusepress.pipeline.api",
+    "reproduce": "fusepress.pipeline.api",
+    "verify": "fusepress.pipeline.api",
 }
 
 
