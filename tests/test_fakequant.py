@@ -98,6 +98,28 @@ def test_the_step_in_fp8_learns_from_the_same_rounding_error() -> None:
     torch.testing.assert_close(step.grad, torch.tensor((1.0 - 1.05 + 448.0) / (2 * 127) ** 0.5))
 
 
+def test_a_relu_in_front_of_fp8_stays(tmp_path: Path) -> None:
+    """ONNX Runtime's rewrite for INT8 that saturates at 0 takes it away where FP8's zero point is 0."""
+    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    step = helper.make_tensor("step", TensorProto.FLOAT, [], [0.01])
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [zero, step])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    (tmp_path / "relu.onnx").write_bytes(model.SerializeToString())
+    found = OnnxSession(tmp_path / "relu.onnx", 1).run_numpy({"x": np.array([[-1.0, -0.5, 0.5]], np.float32)})
+    np.testing.assert_allclose(found["y"], [[0.0, 0.0, 0.48]], rtol=1e-6)
+
+
+def test_a_method_for_even_steps_is_refused_in_fp8(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="expected ranges by one of max, percentile in FP8; got mse, which counts"):
+        draft_qdq(tmp_path / "none.onnx", {}, precision="fp8", method="mse")
+
+
 # --- a whole model ----------------------------------------------------------------------------------------------------
 
 
