@@ -40,6 +40,8 @@ from fusepress.pipeline.cli import run as fusepress
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Measurement, StageRecord, read_run
 
+pytestmark = pytest.mark.timeout(1800)  # a whole lane of CI: half a minute, or twenty on a machine that is overloaded
+
 ROOT = Path(__file__).resolve().parent.parent
 CI = ROOT / "examples/ci"
 GITHUB: dict[str, Any] = yaml.safe_load((CI / "github.yml").read_text())
