@@ -182,7 +182,7 @@ def reuse_bytes(tensor_bytes: Array, weight_bytes: Array, traffic: Traffic) -> t
     moved = tensor_bytes.copy()
     first = np.searchsorted(traffic.kernel, np.arange(weight_bytes.shape[-1]))
     busy = first < moved.shape[-1]
-    np.add.at(moved, (..., np.minimum(first, moved.shape[-1] - 1)), weight_bytes * busy)
+    np.add.at(moved.T, np.minimum(first, moved.shape[-1] - 1), (weight_bytes * busy).T)
     before = np.cumsum(moved, axis=-1) - moved
     between = np.abs(before - before[..., traffic.partner])
     between = np.where(traffic.partner >= 0, between, np.inf)

@@ -440,7 +440,7 @@ def test_activations_with_exponentials_cost_time_in_half_and_a_kernel_in_single_
 def test_a_network_input_is_reformatted_before_the_first_convolution() -> None:
     network = read_network(chain([8, 8], 16))
     for precision in ("fp32", "fp16", "int8"):
-        work = describe_work(network, precision)  # type: ignore[arg-type]  # from the loop
+        work = describe_work(network, precision)
         assert work.launches.tolist() == [2]
 
 
