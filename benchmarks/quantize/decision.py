@@ -112,8 +112,10 @@ def main() -> int:
     for bench in benches(arguments, arguments.judged_batches):
         seen = replace(bench, network=replace(bench.network, exclude=())) if arguments.whole else bench
         networks[bench.network.name] = run(seen)
+    flags = ["--whole"] if arguments.whole else []
+    flags += [] if arguments.judged_batches is None else [f"--judged-batches {arguments.judged_batches}"]
     result = {
-        "command": "python -m benchmarks.quantize.decision --data DRIVE --networks " + " ".join(networks),
+        "command": "python -m benchmarks.quantize.decision --data DRIVE --networks " + " ".join([*networks, *flags]),
         "tools": tool_versions("nvidia-modelopt", "onnx", "onnxruntime-gpu", "numpy"),
         "kind": "simulated: Q/DQ computed as written on ONNX Runtime CPU; accuracy on the calib split",
         "networks": networks,
