@@ -226,6 +226,8 @@ class FinetuneConfig(Section):
             regressions are, by one number an output).
         distill_features: weight of the loss on the dense model's features at the start; half a cosine to 0.
         distill_points: module paths of those features; default: the branches' and the fuser.
+        reconstruct: training samples on which every layer is first fitted, by least squares, to the dense model's
+            outputs (no labels, no gradient steps); 0: none.
         loss_weights: of the task's losses: fixed (factors by loss, 1 where none is given), or learned by uncertainty
             (Kendall 2018) or gradnorm (Chen 2018).
         gradnorm_alpha: how strongly losses that lag behind are favoured.
@@ -258,6 +260,7 @@ class FinetuneConfig(Section):
     distill_normalise: bool = False
     distill_features: float = Field(default=0.0, ge=0)
     distill_points: tuple[str, ...] = ()
+    reconstruct: int = Field(default=0, ge=0)
     loss_weights: LossWeights = "fixed"
     gradnorm_alpha: float = Field(default=1.5, ge=0)
     gradnorm_every: int = Field(default=5, ge=1)
@@ -295,9 +298,10 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _something_to_teach(self) -> FinetuneConfig:
-        if not self.distill and (self.teachers or self.distill_features > 0):
+        if not self.distill and (self.teachers or self.distill_features > 0 or self.reconstruct):
             raise ValueError(
-                "expected `distill: true` with `teachers` or `distill_features`; got false; remove them, or distill"
+                "expected `distill: true` with `teachers`, `distill_features` or `reconstruct`; got false; remove "
+                "them, or distill"
             )
         if self.distill_points and self.distill_features == 0:
             raise ValueError(

@@ -141,8 +141,9 @@ def test_values_live_no_longer_than_an_operator() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(8)))
     names = {p: n for n, p in model.named_parameters()}
+    plain = {n: p.detach() for p, n in names.items()}
     taken: list[str] = []
-    substitution = Substitution(names, lambda n: model.get_parameter(n).detach().double(), lambda n, _: taken.append(n))
+    substitution = Substitution(names, lambda n: plain[n].double(), lambda n, _value, _gradient: taken.append(n))
 
     def there_and_back() -> None:
         with substitution:

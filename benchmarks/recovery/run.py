@@ -45,11 +45,33 @@ FAILURES = {"camera_blank": 3, "lidar_half": 3}  # severity
 PLAIN = "plain"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {"distill": False},
+    "plain, lr 4e-3": {"distill": False, "lr": 4e-3},
     "outputs": {"distill": True},
     "outputs x4": {"distill": True, "distill_weight": 4.0},
     "outputs x4, features": {"distill": True, "distill_weight": 4.0, "distill_features": 1.0},
     "outputs x4, features x4": {"distill": True, "distill_weight": 4.0, "distill_features": 4.0},
     "outputs x4, features x16": {"distill": True, "distill_weight": 4.0, "distill_features": 16.0},
+    "reconstructed": {"distill": True, "distill_weight": 0.0, "reconstruct": 16},
+    "reconstructed, outputs x4, features x4": {
+        "distill": True,
+        "distill_weight": 4.0,
+        "distill_features": 4.0,
+        "reconstruct": 16,
+    },
+    "reconstructed, outputs x4, features x4, lr 4e-3": {
+        "distill": True,
+        "distill_weight": 4.0,
+        "distill_features": 4.0,
+        "reconstruct": 16,
+        "lr": 4e-3,
+    },
+    "reconstructed, outputs x4, features x4, lr 1e-3": {
+        "distill": True,
+        "distill_weight": 4.0,
+        "distill_features": 4.0,
+        "reconstruct": 16,
+        "lr": 1e-3,
+    },
     "outputs x16, features x16": {"distill": True, "distill_weight": 16.0, "distill_features": 16.0},
 }
 
@@ -206,7 +228,7 @@ def summarise(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_row.setdefault((cell["macs"], cell["steps"], cell["variant"]), {})[cell["seed"]] = one
     rows = []
     for (macs, steps, variant), seeds in sorted(by_row.items(), key=lambda item: (-item[0][0], item[0][1])):
-        plain = by_row.get((macs, steps, PLAIN), {})
+        plain = by_row.get((macs, steps, plain_twin(variant)), {})
         common = sorted(seeds.keys() & plain.keys())
         drops = {seed: one["dense"] - one["finetuned"] for seed, one in seeds.items()}
         plain_drop = statistics.mean(plain[s]["dense"] - plain[s]["finetuned"] for s in common) if common else math.nan
@@ -214,12 +236,18 @@ def summarise(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {key: statistics.mean(one[key] for one in seeds.values()) for key in ("dense", "pruned", "finetuned")}
         row |= {"drop": statistics.mean(drops.values()), "drop_of_each_seed": [drops[s] for s in sorted(drops)]}
         row |= {"failing": {k: statistics.mean(o["failing"][k] for o in seeds.values()) for k in done[0]["failing"]}}
-        if variant != PLAIN and common:
+        if variant != plain_twin(variant) and common:
             gains = [seeds[s]["finetuned"] - plain[s]["finetuned"] for s in common]
             row |= {"gain_over_plain": statistics.mean(gains), "interval": interval(gains)}
             row["share_of_the_drop_won_back"] = statistics.mean(gains) / plain_drop
         rows.append(row)
     return rows
+
+
+def plain_twin(variant: str) -> str:
+    """Plain fine-tuning at the variant's learning rate."""
+    rate = variant.partition(", lr ")[2]
+    return f"{PLAIN}, lr {rate}" if f"{PLAIN}, lr {rate}" in VARIANTS else PLAIN
 
 
 def interval(values: Sequence[float]) -> list[float] | None:

@@ -47,7 +47,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
             f"expected the architecture {plan.arch_sha256[:12]} that the plan was made for; got {found[:12]} "
             f"at {type(model).__name__}; build the dense model with the options of the compressed run (and apply once)"
         )
-    keeps = {key: _keep_index(model, key, gone) for key, gone in _removed(plan).items()}
+    keeps = {key: _keep_index(model, key, gone) for key, gone in removed_indices(plan).items()}
     check_swaps(model, plan.swaps)
     for (param, dim), keep in keeps.items():
         _index(model, param, dim, keep)
@@ -108,7 +108,7 @@ def masked_norm(module: nn.LayerNorm | nn.GroupNorm, gone: list[int]) -> Callabl
     return forward
 
 
-def _removed(plan: PrunePlan) -> dict[tuple[str, int], list[int]]:
+def removed_indices(plan: PrunePlan) -> dict[tuple[str, int], list[int]]:
     """Removed indices by (tensor, dimension); where nothing is kept, the stand-in channels stay."""
     removed: dict[tuple[str, int], set[int]] = defaultdict(set)
     for group in plan.groups:

@@ -46,7 +46,7 @@ STATUS_TONES: dict[str, Tone] = {"done": "pass", "cached": "pass", "failed": "fa
 MODEL_STAGES = ("macs", "params", "size.onnx_mib")
 SHOWN_ELSEWHERE = (
     *("groups", "branches", "pictures", "choice", "calibration", "sparsity", "layers", "ranks", "spread_search"),
-    *("note", "history", "looks", "ladder", "sensitivity"),
+    *("note", "history", "looks", "ladder", "sensitivity", "reconstructed"),
 )
 MOST_ITEMS = 8
 MOST_CHARACTERS = 320

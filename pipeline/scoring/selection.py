@@ -54,7 +54,8 @@ def kth_smallest(parts: Sequence[Tensor], index: int, among: Sequence[Tensor] | 
 
 def blocks_of(flat: Tensor) -> tuple[Tensor, ...]:
     """A vector as blocks that are small beside it, to make copies of."""
-    return flat.split(BLOCK)
+    blocks: tuple[Tensor, ...] = flat.split(BLOCK)
+    return blocks
 
 
 def _blocks(parts: Sequence[Tensor], among: Sequence[Tensor] | None) -> Iterator[Tensor]:

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fusepress.pipeline.errors import StageError
-from fusepress.pipeline.graph.masks import GROUP, keep_values, top_2to4
-from fusepress.pipeline.scoring.activations import (
+from fusepress.pipeline.graph.activations import (
     Inputs,
     Layer,
     called_layers,
@@ -35,6 +34,7 @@ from fusepress.pipeline.scoring.activations import (
     second_moments,
     weight_of,
 )
+from fusepress.pipeline.graph.masks import GROUP, keep_values, top_2to4
 from fusepress.pipeline.scoring.altermoma import weight_masks
 from fusepress.pipeline.scoring.unstructured import shared
 

@@ -9,7 +9,7 @@ parameters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-Make = Callable[[str], Tensor]  # name -> its value, made anew every time
-Take = Callable[[str, Tensor], None]  # (name, the whole gradient by its value)
+Make = Callable[[str], Tensor]  # name -> its value, made anew every time, and not of a parameter: those are replaced
+Take = Callable[[str, Tensor, Tensor], None]  # (name, its value, the whole gradient by it)
 
 
 class Substitution(TorchFunctionMode):
@@ -42,21 +42,24 @@ class Substitution(TorchFunctionMode):
         self._uses: dict[str, int] = {}
         self._parts: dict[str, Tensor] = {}
         self._live: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._recent: tuple[str, Tensor] | None = None  # what an operator on the way back was given last
         self._saving = saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> Substitution:
-        self._saving.__enter__()
+        self._saving.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._saving.__exit__(*error)
+        self._saving.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and args and args[0] in self._names:
+        if not _has_parameter(args) and not (kwargs and _has_parameter(kwargs.values())):
+            return func(*args, **(kwargs or {}))  # most operators; a tree of arguments takes longer than they do
+        if getattr(func, "__name__", "") == "__get__" and args[0] in self._names:
             return self._attribute(func, args)
         new_args, new_kwargs = tree_map_only(nn.Parameter, self._value, (args, kwargs or {}))
         return func(*new_args, **new_kwargs)
@@ -90,16 +93,21 @@ class Substitution(TorchFunctionMode):
         if self._uses[name]:
             self._parts[name] = gradient
         else:
-            self._take(name, gradient)
+            self._hand_over(name, gradient)
+
+    def _hand_over(self, name: str, gradient: Tensor) -> None:
+        recent, self._recent = self._recent, None
+        value = recent[1] if recent is not None and recent[0] == name else self.make(name)
+        self._take(name, value, gradient)
 
     def finish(self) -> None:
         """Hand over the gradients of parameters some of whose uses led nowhere."""
         for name in list(self._parts):
-            self._take(name, self._parts.pop(name))
+            self._hand_over(name, self._parts.pop(name))
 
     def _pack(self, tensor: Tensor) -> Any:
         owner, name = self._live.get(tensor.data_ptr(), (None, ""))
-        value = owner and owner()
+        value = None if owner is None else owner()
         if value is None or value.dtype != tensor.dtype:
             return tensor
         return name, tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -108,7 +116,19 @@ class Substitution(TorchFunctionMode):
         if isinstance(kept, Tensor):
             return kept
         name, shape, stride, offset = kept
-        return self.make(name).as_strided(shape, stride, offset)
+        self._recent = None
+        value = self.make(name)
+        self._recent = name, value
+        return value.as_strided(shape, stride, offset)
+
+
+def _has_parameter(values: Iterable[Any]) -> bool:
+    return any(
+        isinstance(value, nn.Parameter)
+        or (isinstance(value, (list, tuple)) and _has_parameter(value))
+        or (isinstance(value, dict) and _has_parameter(value.values()))
+        for value in values
+    )
 
 
 class _Made(torch.autograd.Function):

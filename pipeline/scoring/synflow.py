@@ -141,6 +141,7 @@ class Flow:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     totals: list[float] = field(default_factory=list)
     _inputs: dict[str, Tensor] = field(init=False)
+    _buffers: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         device = next(self.model.parameters()).device
@@ -150,6 +151,18 @@ class Flow:
             if value.is_floating_point()
             else value[:1].to(device)
             for name, value in batch.inputs.items()
+        }
+        means = {
+            f"{path}.running_mean".lstrip(".")
+            for path, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm)
+        }
+        self._buffers = {
+            name: torch.zeros_like(buffer, dtype=torch.float64)
+            if name in means
+            else buffer.to(torch.float64, copy=True)
+            for name, buffer in self.model.named_buffers()
+            if buffer.is_floating_point()
         }
 
     @contextmanager
@@ -176,17 +189,15 @@ class Flow:
             StageError: the model cannot run in float64, or the flow is not finite.
         """
         parameters = {p: name for name, p in self.model.named_parameters() if p.is_floating_point()}
-        absolute = {name: partial(self._absolute, name, p) for p, name in parameters.items()}
-        substitution = Substitution(
-            parameters, lambda name: absolute[name](), lambda name, slope: note(name, absolute[name](), slope)
-        )
+        absolute = {name: partial(self._absolute, name, p.detach()) for p, name in parameters.items()}
+        substitution = Substitution(parameters, lambda name: absolute[name](), note)
         with substitution:
             self._pass(substitution)
         self.passes.step("synflow")
 
     def _pass(self, substitution: Substitution) -> None:
         try:
-            outputs = functional_call(self.model, self._buffers(), args=(), kwargs=self._inputs)
+            outputs = functional_call(self.model, self._buffers, args=(), kwargs=self._inputs)
         except RuntimeError as error:
             raise StageError(
                 f"expected the model to run in float64 for SynFlow; got {error} in its forward pass; use x.to(y.dtype) "
@@ -204,25 +215,13 @@ class Flow:
             (total / total.detach().abs()).backward()
             substitution.finish()
 
-    def _absolute(self, name: str, parameter: nn.Parameter) -> Tensor:
-        value = parameter.detach().to(torch.float64, copy=True).abs_()
+    def _absolute(self, name: str, parameter: Tensor) -> Tensor:
+        value = parameter.to(torch.float64, copy=True).abs_()
         if is_bias(name):
             value.zero_()
         if name in self.masks:
             value.mul_(self.masks[name])
         return value
-
-    def _buffers(self) -> dict[str, Tensor]:
-        means = {
-            f"{path}.running_mean".lstrip(".")
-            for path, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm)
-        }
-        return {
-            name: torch.zeros_like(buffer, dtype=torch.float64) if name in means else buffer.double()
-            for name, buffer in self.model.named_buffers()
-            if buffer.is_floating_point()
-        }
 
     def log(self, counts: Sequence[int]) -> dict[str, Any]:
         """What the score file keeps: the flow of the dense model and of the last round, and the units scored."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusepress.pipeline.distributed import is_main
+from fusepress.pipeline.distributed import broadcast_model_, is_main, on_main
 from fusepress.pipeline.evaluate import evaluate, torch_predict
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import FinetuneConfig, TrainingFormat
@@ -112,6 +112,38 @@ def train(
     return _details(ctx, config, result)
 
 
+def _reconstruct(ctx: Context, model: Any, config: FinetuneConfig) -> dict[str, Any]:
+    """Fit the layers to the dense model's in place, by rank 0 for all; returns details for the report.
+
+    A run that is resumed does it again, to the same bits, for training goes on from the weights that it began with.
+    """
+    if not (config.reconstruct and config.distill and "plan" in ctx.artifacts):
+        return {}
+    from fusepress.pipeline.graph.plan import PrunePlan
+    from fusepress.pipeline.recovery.reconstruct import reconstruct
+
+    fitted = on_main(
+        lambda: reconstruct(
+            model,
+            common.dense_model(ctx),
+            PrunePlan.read(ctx.artifacts["plan"]),
+            ctx.task,
+            config.reconstruct,
+            ctx.recipe.seed,
+            progress=lambda done, text: ctx.reporter.update(0.05 * done, text),
+        )
+    )
+    broadcast_model_(model)
+    before, after = (
+        sum(getattr(layer, when) for layer in fitted) / max(1, len(fitted)) for when in ("before", "after")
+    )
+    words = (
+        f"{len(fitted)} layers fitted to the dense model's on {config.reconstruct} samples: their mean squared error "
+        f"went from {before:.2g} to {after:.2g} of the variance"
+    )
+    return {"reconstruction": words, "reconstructed": [asdict(layer) for layer in fitted]}
+
+
 def _early_stop(ctx: Context) -> EarlyStop | None:
     from fusepress.pipeline.recovery.early_stop import EarlyStop
 
@@ -172,7 +204,8 @@ class Finetune:
         """Write the recovered weights."""
         assert ctx.recipe.finetune is not None
         model = common.current_model(ctx)
-        details = train(ctx, model, ctx.recipe.finetune, work, out=out)
+        reconstructed = _reconstruct(ctx, model, ctx.recipe.finetune)
+        details = reconstructed | train(ctx, model, ctx.recipe.finetune, work, out=out)
         common.save_weights(model, out / "finetuned.safetensors")
         accuracy, _ = common.torch_accuracy(ctx, model, 0.8, 0.95)
         measurements = [

@@ -23,7 +23,7 @@ CHUNK = 2**22  # entries of an unfolded input that exist at once
 Inputs = Mapping[str, Tensor]
 
 
-class _Seen(BaseException):
+class Seen(BaseException):
     """Ends a forward pass whose rest is not needed; not an Exception, so that no model swallows it."""
 
 
@@ -63,7 +63,7 @@ def called_layers(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dic
         order.setdefault(module, len(order))
         calls[module] = calls.get(module, 0) + 1
 
-    with _hooked({module for pairs in owners.values() for module, _ in pairs}, note):
+    with hooked({module for pairs in owners.values() for module, _ in pairs}, note):
         model(**inputs)
     found = []
     for name, pairs in owners.items():
@@ -99,7 +99,8 @@ def _owners(model: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[nn.M
 
 
 @contextlib.contextmanager
-def _hooked(modules: set[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+def hooked(modules: set[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Modules whose inputs (args, kwargs) a hook sees, in passes without gradients that call every module."""
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it goes past the layers' own forward
@@ -132,7 +133,7 @@ def second_moments(model: nn.Module, batches: Sequence[Inputs], layer: Layer) ->
         nonlocal seen
         keys = [key for owner, key in layer.modules if owner is module]
         for key in keys:
-            for part, chunks in enumerate(_columns(module, key, args, kwargs)):
+            for part, chunks in enumerate(columns_of(module, key, args, kwargs)):
                 for x_PGK in chunks:
                     x_GPK = x_PGK.detach().to(torch.float64).transpose(0, 1)
                     product = x_GPK.transpose(1, 2) @ x_GPK
@@ -143,17 +144,17 @@ def second_moments(model: nn.Module, batches: Sequence[Inputs], layer: Layer) ->
                     counts[part] += x_GPK.shape[1]
         seen += 1
         if seen == layer.calls:
-            raise _Seen
+            raise Seen
 
-    with _hooked({module for module, _ in layer.modules}, note):
+    with hooked({module for module, _ in layer.modules}, note):
         for batch in batches:
             seen = 0
-            with contextlib.suppress(_Seen):
+            with contextlib.suppress(Seen):
                 model(**batch)
     return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
 
 
-def _columns(module: nn.Module, key: str, args: Any, kwargs: Any) -> list[Iterator[Tensor]]:
+def columns_of(module: nn.Module, key: str, args: Any, kwargs: Any) -> list[Iterator[Tensor]]:
     """Inputs x_PGK of each part of a weight, in chunks over the P positions."""
     if isinstance(module, nn.MultiheadAttention):
         return [_rows(x) for x in _attention_inputs(module, key, args, kwargs)]
@@ -234,4 +235,14 @@ def weight_of(matrices_GRK: Sequence[Tensor], like: Tensor) -> Tensor:
     return whole.movedim(-1, 1).reshape(like.shape)
 
 
-__all__ = ["Layer", "called_layers", "matrices", "second_moments", "unfolded", "weight_of"]
+__all__ = [
+    "Layer",
+    "Seen",
+    "called_layers",
+    "columns_of",
+    "hooked",
+    "matrices",
+    "second_moments",
+    "unfolded",
+    "weight_of",
+]
