@@ -146,7 +146,10 @@ def test_teaching_is_tried_on_one_batch_before_anything_is_spent(project: Path) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["finetune.distill=false"], r"expected `distill: true` with `teachers`, `distill_features` or `reconstruct`; got false"),
+        (
+            ["finetune.distill=false"],
+            r"expected `distill: true` with `teachers`, `distill_features` or `reconstruct`; got false",
+        ),
         (
             ["finetune.distill_features=0", "finetune.distill_points=[camera]"],
             r"expected `distill_features` above 0 with `distill_points`; got 0",

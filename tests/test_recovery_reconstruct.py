@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ def test_a_layer_becomes_the_least_squares_fit(name: str) -> None:
     layer, target, shape = copy.deepcopy(LAYERS[name])
     model, wanted = nn.Sequential(layer), nn.Sequential(nn.Identity(), target)
     batches = [{"input": torch.randn(shape)} for _ in range(2)]
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
     rows = torch.tensor([0, 2, 3, 1][: layer.weight.shape[0]])
     start = copy.deepcopy(layer)
     found = called_layers(model, batches[0], ["0.weight"])["0.weight"]
@@ -141,8 +141,12 @@ def plan_of(model: nn.Module, task: LoadedTask, gone: int) -> PrunePlan:
 def twins(model: Net) -> None:
     """Make the last channels of every block that a group allows positive multiples of the first ones."""
     with torch.no_grad():
-        for block in (model.camera[0], model.camera[1], model.lidar):
-            conv, norm = block[0], block[1]
+        for path in ("camera.0", "camera.1", "lidar"):
+            conv, norm = model.get_submodule(f"{path}.0"), model.get_submodule(f"{path}.1")
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             for k in range(3):
                 conv.weight[SIZE - 1 - k] = 2.0 * conv.weight[k]
                 for value, factor in (
@@ -185,7 +189,8 @@ def test_a_model_that_kept_everything_stays_as_it_is() -> None:
     model, task = dense_and_task()
     plan = plan_of(model, task, 0)
     student = apply_plan(copy.deepcopy(model), plan)
-    for norm in (student.fuser[1], student.lidar[1]):  # type: ignore[index]
+    for norm in (student.get_submodule("fuser.1"), student.get_submodule("lidar.1")):
+        assert isinstance(norm, nn.BatchNorm2d)
         norm.reset_running_stats()  # as if they had been estimated anew
     fitted = reconstruct(student, model, plan, task, 8, 0)
     assert max(f.before for f in fitted) < 1e-3  # a head whose inputs hardly vary: sums are in float32
@@ -234,7 +239,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_project(tmp_path_factory.mktemp("reconstruct"), RECIPE, steps=30)
 
 

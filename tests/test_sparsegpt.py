@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import StageError
-from fusepress.pipeline.graph.masks import MaskHolder, top_2to4, violations_2to4
 from fusepress.pipeline.graph.activations import called_layers, matrices, second_moments, unfolded, weight_of
+from fusepress.pipeline.graph.masks import MaskHolder, top_2to4, violations_2to4
 from fusepress.pipeline.scoring.altermoma import weight_masks
 from fusepress.pipeline.scoring.sparsegpt import prune_with_hessian, row_errors, sparsify_by_sparsegpt
 

@@ -46,13 +46,13 @@ class Substitution(TorchFunctionMode):
         self._saving = saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> Substitution:
-        self._saving.__enter__()  # type: ignore[no-untyped-call]
-        super().__enter__()
+        self._saving.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._saving.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._saving.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -140,6 +140,6 @@ class _Made(torch.autograd.Function):
         return owner.make(name)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         ctx.owner.receive(ctx.name, gradient)
         return None, None, None
