@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_S = 0.02
+CLOSE_S = 5.0  # for a server to see its input end
 # what is read while libraries are imported, and so cannot be changed for a job
 READ_EARLY = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "LD_")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -92,9 +93,13 @@ class ForkServer:
         """
         assert self._process.stdin is not None
         order = {"module": module, "job": job, "log": str(log), "environment": dict(environment)}
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
-        return ForkedJob(self)
+        try:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+            return ForkedJob(self)
+        except BaseException:  # interrupted in between: what it says next would be taken for the next job's
+            self.close()
+            raise
 
     def answer(self, timeout: float | None, key: str) -> int:
         """The next line of the server, which tells a job's process or its exit status.
@@ -126,7 +131,11 @@ class ForkServer:
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-        self._process.wait()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:  # a fork of ours (a loader of data) has the pipe too, and so it does not end
+            self._process.kill()
+            self._process.wait()
 
 
 _servers: dict[tuple[int, tuple[str, ...]], tuple[dict[str, str], ForkServer]] = {}

@@ -99,6 +99,39 @@ def test_where_the_imports_fail_a_process_of_its_own_says_why(work: Path) -> Non
     assert outcome.tail == "ImportError: the library is broken"
 
 
+def test_a_server_ends_although_a_fork_of_ours_holds_its_pipe(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "CLOSE_S", 0.5)
+    server = fork_server.ForkServer(("slow_library",), dict(os.environ))
+    running = server.start("forked_job", '{"say": "sleep"}', work / "log", dict(os.environ))
+    assert server._process.stdin is not None
+    held = os.dup(server._process.stdin.fileno())  # as a process has it that was forked meanwhile
+    try:
+        server.close()
+        assert not server.alive()
+        end = time.monotonic() + 30
+        while _lives(running.pid):
+            assert time.monotonic() < end, "a job outlived its server"
+            time.sleep(0.05)
+    finally:
+        os.close(held)
+
+
+def test_an_interrupt_between_order_and_answer_leaves_no_stale_answer(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job(work, "a")[1] is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fork_server.ForkServer, "answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            job(work, "b")
+    outcome, answered = job(work, "c")
+    assert (outcome.code, answered is not None) == (0, True)
+
+
 def test_server_and_job_end_with_their_parent(work: Path) -> None:
     code = (
         "from pathlib import Path\nfrom fusepress.export.worker import run_job\n"
