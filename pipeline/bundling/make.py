@@ -14,6 +14,7 @@ from fusepress.pipeline.bundling.manifest import (
     ABOVE,
     MANIFEST_JSON,
     MANIFEST_SHA256,
+    RELEASED,
     SIGNATURE_JSON,
     Manifest,
     digest_line,
@@ -28,7 +29,6 @@ SUFFIX = ".bundle.tar"
 BOM_JSON = "bom.cdx.json"
 LICENCES = "licences"
 LEFT_OUT = ("log.txt",)  # it tells paths of the machine
-RELEASED = ("onnx", "replicates", "references")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ MANIFEST_JSON = "manifest.json"
 MANIFEST_SHA256 = "manifest.sha256"
 SIGNATURE_JSON = "signature.json"
 ABOVE = (MANIFEST_JSON, MANIFEST_SHA256, SIGNATURE_JSON)  # what the manifest itself does not list
+RELEASED = ("onnx", "replicates", "references")  # artifacts that no bundle is without
 MOST_JSON_BYTES = 64 << 20
 
 

@@ -1,0 +1,149 @@
+"""Bundles that were forged by someone who can write anything but a signature."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from fusepress.pipeline.bundling.manifest import (
+    MANIFEST_JSON,
+    MANIFEST_SHA256,
+    Manifest,
+    digest_line,
+    list_files,
+)
+from fusepress.pipeline.bundling.verify import Check, check_folder
+from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord
+from fusepress.pipeline.gates import Condition, Replicates, judge, overall, save_replicates
+from fusepress.pipeline.recipe import Recipe
+
+RECIPE = {"task": "task.py:T", "checkpoint": "dense.safetensors", "gates": {"floors": {"m": 0.5}}}
+FILES = {"onnx": "model.onnx", "replicates": "replicates.npz", "references": "references.safetensors"}
+
+
+def _doubled(extra: list[onnx.NodeProto] | None = None) -> onnx.ModelProto:
+    """y = 2 x, two numbers a sample."""
+    nodes = [helper.make_node("Mul", ["x", "two"], ["y"]), *(extra or [])]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("x", "y")]
+    two = numpy_helper.from_array(np.float32([2.0]), "two")
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [two])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def _forge(
+    folder: Path,
+    *,
+    model: onnx.ModelProto | None = None,
+    released: str = "model.onnx",
+    tensors: dict[str, np.ndarray] | None = None,
+) -> dict[str, Check]:
+    """Write a bundle whose hashes all fit, and check it."""
+    (folder / released).write_bytes((model or _doubled()).SerializeToString())
+    x = np.float32([[1.0, 2.0], [3.0, 4.0]])
+    save_file({"inputs/x": x, "outputs/y": 2 * x} if tensors is None else tensors, folder / FILES["references"])
+    return _sealed(folder, FILES | {"onnx": released})
+
+
+def _sealed(folder: Path, files: dict[str, str]) -> dict[str, Check]:
+    sha = hashlib.sha256((folder / files["onnx"]).read_bytes()).hexdigest()
+    drawn = np.full((100, 2), 0.9) + 0.001 * np.random.default_rng(0).normal(size=(100, 2))
+    clean = Condition(dense={"m": 0.9}, compressed={"m": 0.9}, replicates={"m": drawn})
+    replicates = Replicates(clean=clean, samples=100, clusters=50, artifact_sha256=sha)
+    save_replicates(folder / files["replicates"], replicates)
+    record = RunRecord(
+        schema=1,
+        name="forged",
+        fusepress="0",
+        target="host-cpu",
+        recipe_sha256="0",
+        task_sha256="1",
+        checkpoint_sha256="2",
+        seed=0,
+        target_profile={"precision": "fp32"},
+        task={"metrics": {"m": "max"}},
+        artifacts={
+            name: Artifact(path=path, sha256=hashlib.sha256((folder / path).read_bytes()).hexdigest())
+            for name, path in files.items()
+        },
+    )
+    recipe = Recipe.model_validate(RECIPE)
+    verdicts = judge(record, replicates, recipe.gates, {"m": "max"})
+    record.stages = [StageRecord(name="verify", status="done", verdicts=verdicts)]
+    record.verdict, record.why = overall(verdicts)
+    return _listed(folder, record, recipe)
+
+
+def _listed(folder: Path, record: RunRecord, recipe: Recipe) -> dict[str, Check]:
+    (folder / "run.json").write_text(record.to_json())
+    (folder / "recipe.json").write_text(recipe.model_dump_json())
+    paths = {p.name: p for p in sorted(folder.iterdir()) if p.name not in (MANIFEST_JSON, MANIFEST_SHA256)}
+    assert record.verdict is not None
+    manifest = Manifest(
+        fusepress="0", name=record.name, target=record.target, verdict=record.verdict, files=list_files(paths)
+    ).to_bytes()
+    (folder / MANIFEST_JSON).write_bytes(manifest)
+    (folder / MANIFEST_SHA256).write_bytes(digest_line(manifest))
+    return {check.name: check for check in check_folder(folder, None).checks}
+
+
+def test_a_whole_bundle_passes(tmp_path: Path) -> None:
+    found = _forge(tmp_path)
+    assert {name for name, check in found.items() if check.status == "ok"} == {
+        "hashes",
+        "run record",
+        "verdict",
+        "onnx",
+        "parity",
+    }
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_references_that_no_output_differs_from_are_refused(tmp_path: Path, wrong: float) -> None:
+    x = np.float32([[1.0, 2.0]])
+    found = _forge(tmp_path, tensors={"inputs/x": x, "outputs/y": np.float32([[wrong, 99.0]])})
+    assert found["parity"].status == "failed"
+    assert "expected finite reference outputs of at least one sample" in found["parity"].why
+
+
+def test_references_of_no_sample_are_refused(tmp_path: Path) -> None:
+    nothing = np.zeros((0, 2), np.float32)
+    found = _forge(tmp_path, tensors={"inputs/x": nothing, "outputs/y": nothing})
+    assert found["parity"].status == "failed"
+    assert "expected finite reference outputs of at least one sample" in found["parity"].why
+
+
+def test_a_released_onnx_of_another_name_is_checked_too(tmp_path: Path) -> None:
+    broken = _doubled([helper.make_node("NoSuchOperator", ["x"], ["z"])])
+    found = _forge(tmp_path, model=broken, released="model.bin")
+    assert found["onnx"].status == "failed"
+    assert found["parity"].status == "not checked", "it is not given to ONNX Runtime"
+
+
+@pytest.mark.parametrize("place", ["attribute", "sparse", "function"])
+def test_weights_outside_are_found_wherever_they_are_named(tmp_path: Path, place: str) -> None:
+    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="../outside")
+    constant = helper.make_node("Constant", [], ["w"], value=outside)
+    model = _doubled([constant] if place == "attribute" else None)
+    if place == "sparse":
+        model.graph.sparse_initializer.add().values.CopyFrom(outside)
+    elif place == "function":
+        imports = [helper.make_opsetid("", 17)]
+        model.functions.append(helper.make_function("own", "F", [], ["w"], [constant], imports))
+    found = _forge(tmp_path, model=model)
+    assert "expected weights within the file; got 'w' outside of it" in found["onnx"].why
+    assert found["parity"].status == "not checked"
+
+
+def test_a_run_without_references_is_refused(tmp_path: Path) -> None:
+    _forge(tmp_path)
+    record = RunRecord.model_validate_json((tmp_path / "run.json").read_text())
+    del record.artifacts["references"]
+    found = _listed(tmp_path, record, Recipe.model_validate(RECIPE))
+    assert "got no references" in found["run record"].why
