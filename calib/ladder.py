@@ -165,6 +165,7 @@ class Ladder:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
+            "precision": self.precision,
             "rung": self.precision if self.found.rung == "int8" else self.found.rung,
             "reason": self.reason,
             "spared": sorted(self.found.spared),

@@ -24,7 +24,7 @@ BRANCHES: list[dict[str, Any]] = [
     {"branch": "lidar", "units": 1, "macs": 0, "alone": 0.0, "spared": None},
 ]
 SENSITIVITY = {"units": UNITS, "branches": BRANCHES, "everything": 0.04, "cost_unit": "ms", "samples": 8, "runs": 120}
-LADDER = {
+LADDER: dict[str, Any] = {
     "rung": "mixed",
     "reason": "1 of 3 units in floating point: with all units in INT8 it drops by 0.2",
     "spared": ["fuser/Conv"],
@@ -37,7 +37,7 @@ LADDER = {
         {"spared": ["fuser/Conv"], "met": True, "value": 0.7, "drop": 0.001, "high": None},
     ],
 }
-COVERAGE = {
+COVERAGE: dict[str, Any] = {
     "method": "max",
     "macs_share": 0.25,
     "layers": [
@@ -90,6 +90,21 @@ def test_a_float_release_and_costs_in_macs_are_told() -> None:
     assert dict(found.facts)["result"] == "nothing in INT8"
     assert [row.kept for row in found.units] == ["floating point"] * 3
     assert found.units[0].cost == "2 M MAC"
+
+
+def test_fp8_is_called_by_its_name_everywhere() -> None:
+    layers = [layer | {"precision": "fp8", "reason": ""} for layer in COVERAGE["layers"]]
+    ladder = LADDER | {"precision": "fp8", "rung": "fp8", "reason": "all 3 units in FP8", "spared": []}
+    record = _record(ladder=ladder, sensitivity=SENSITIVITY, coverage=COVERAGE | {"precision": "fp8", "layers": layers})
+    found = quantization(record)
+    assert found is not None
+    assert dict(found.facts)["result"] == "all in FP8"
+    section = render(record, Path("nowhere")).split("h-quantized")[-1].split("</section>")[0]
+    assert "What FP8 costs, and where" in section
+    assert "INT8" not in section
+    nothing = quantization(_record(ladder=ladder | {"rung": "float"}))
+    assert nothing is not None
+    assert dict(nothing.facts)["result"] == "nothing in FP8"
 
 
 def test_without_int8_there_is_no_section() -> None:

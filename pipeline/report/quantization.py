@@ -16,7 +16,7 @@ from fusepress.pipeline.report import charts, view
 
 MOST_BARS = 60  # per modality; the table has them all
 MOST_NAMED = 4
-RUNGS = {"int8": "all in INT8", "mixed": "partly in INT8", "float": "nothing in INT8"}
+RUNGS = {"int8": "all in {}", "fp8": "all in {}", "mixed": "partly in {}", "float": "nothing in {}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class UnitRow:
     """One layer or one modality.
 
     Attributes:
-        kept: what it computes in, and why not in INT8.
+        kept: what it computes in, and why not in the precision asked for.
         local: error of its own output, in per cent of its size, as the others below of the network's outputs' spread.
         alone: with it alone quantised.
         spared: with it alone not quantised.
@@ -53,8 +53,13 @@ class UnitRow:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """The section, ready to print; lists are empty where nothing was measured."""
+    """The section, ready to print; lists are empty where nothing was measured.
 
+    Attributes:
+        precision: INT8 or FP8.
+    """
+
+    precision: str
     facts: list[tuple[str, str]] = field(default_factory=list)
     reason: str = ""
     metric: str = ""
@@ -77,23 +82,27 @@ def quantization(record: RunRecord) -> Quantization | None:
     # where nothing is quantised there is no coverage; units that are no layers are told by the ladder alone
     kept |= {name: kept.get(name, "floating point") for name in ladder.get("spared", [])}
     unit = "ms" if told.get("cost_unit") == "ms" else "MAC"
+    precision = str(coverage.get("precision") or ladder.get("precision") or "int8").upper()
     return Quantization(
-        facts=_facts(ladder, told, coverage),
+        precision=precision,
+        facts=_facts(ladder, told, coverage, precision),
         reason=str(ladder.get("reason", "")),
         metric=str(ladder.get("metric", "")),
-        trials=[_trial(trial) for trial in ladder.get("trials", [])],
+        trials=[_trial(trial, precision) for trial in ladder.get("trials", [])],
         branches=[_unit({"name": row["branch"], **row}, unit, {}) for row in told.get("branches", [])],
         units=[_unit(row, unit, kept) for row in told.get("units", [])],
-        drawings=_drawings(told, set(ladder.get("spared", []))),
+        drawings=_drawings(told, set(ladder.get("spared", [])), precision),
     )
 
 
-def _facts(ladder: dict[str, Any], told: dict[str, Any], coverage: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(
+    ladder: dict[str, Any], told: dict[str, Any], coverage: dict[str, Any], precision: str
+) -> list[tuple[str, str]]:
     facts = []
     if ladder:
-        facts.append(("result", RUNGS.get(ladder["rung"], str(ladder["rung"]))))
+        facts.append(("result", RUNGS[ladder["rung"]].format(precision)))
     if "macs_share" in coverage:
-        facts.append(("MACs in INT8", view.percent(coverage["macs_share"])))
+        facts.append((f"MACs in {precision}", view.percent(coverage["macs_share"])))
         facts.append(("ranges by", str(coverage["method"])))
     if ladder:
         facts.append(
@@ -101,19 +110,19 @@ def _facts(ladder: dict[str, Any], told: dict[str, Any], coverage: dict[str, Any
         )
         facts.append(("passes over the calib split", view.number(ladder["evaluations"], 3)))
     if told:
-        facts.append(("output error, all in INT8", _error(told["everything"])))
+        facts.append((f"output error, all in {precision}", _error(told["everything"])))
         facts.append(("samples of the errors", view.number(told["samples"])))
     return facts
 
 
-def _trial(trial: dict[str, Any]) -> TrialRow:
+def _trial(trial: dict[str, Any], precision: str) -> TrialRow:
     spared, more = trial["spared"], max(0, len(trial["spared"]) - MOST_NAMED)
     names = ", ".join(spared[:MOST_NAMED]) + (f" and {more} more" if more else "")
     drop = view.DASH if trial["drop"] is None else view.quantity("accuracy.", trial["drop"])
     if trial["high"] is not None:
         drop += f" (at most {view.quantity('accuracy.', trial['high'])})"
     return TrialRow(
-        spared=names or "none: all in INT8",
+        spared=names or f"none: all in {precision}",
         value=view.DASH if trial["value"] is None else view.quantity("accuracy.", trial["value"]),
         drop=drop,
         verdict="met" if trial["met"] else "not met",
@@ -146,7 +155,7 @@ def _error(squared: float | None) -> str:
     return "" if squared is None else f"{view.number(100 * squared**0.5, 3)} %"
 
 
-def _drawings(told: dict[str, Any], spared: set[str]) -> list[tuple[str, Markup, int]]:
+def _drawings(told: dict[str, Any], spared: set[str], precision: str) -> list[tuple[str, Markup, int]]:
     """(modality, drawing, layers left out of it); all on one scale."""
     units = told.get("units", [])
     sizes = [row["alone"] ** 0.5 for row in units if row["alone"] > 0]
@@ -158,7 +167,7 @@ def _drawings(told: dict[str, Any], spared: set[str]) -> list[tuple[str, Markup,
         bars = [(_short(row["name"]), 100 * row["alone"] ** 0.5, row["name"] in spared) for row in mine[:MOST_BARS]]
         drawing = charts.log_bar_chart(
             bars,
-            title=f"Output error with one layer of {branch} in INT8, as in the table below",
+            title=f"Output error with one layer of {branch} in {precision}, as in the table below",
             show=lambda value: f"{view.number(value, 2)} %",
             least=100 * min(sizes) / 2,
             most=100 * max(sizes),
