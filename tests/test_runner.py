@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -18,6 +18,12 @@ from fusepress.pipeline.evidence import Measurement, RunRecord, read_run
 from fusepress.pipeline.runner import Interrupted, run_stages
 from fusepress.pipeline.stages.base import Context, StageOutput
 from fusepress.pipeline.store import KeyParts, folder_lock
+from fusepress.targets import roofline
+from fusepress.targets.profile import LatencyFit, Profile, load_profile
+
+if TYPE_CHECKING:
+    from fusepress.pipeline.recipe import LoadedRecipe
+    from fusepress.pipeline.task import LoadedTask
 
 
 @dataclass
@@ -236,3 +242,26 @@ def test_another_target_shares_the_work_and_has_its_own_latency(tmp_path: Path) 
     _, worked = _run(tmp_path / "b", again, target="two")
     assert not worked
     assert [stage.timed for stage in again] == [0, 0]
+
+
+def test_a_target_s_identity_holds_the_constants_of_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identity(profile: Profile) -> dict[str, Any]:
+        context = Context(
+            loaded=cast("LoadedRecipe", None), task=cast("LoadedTask", None), profile=profile, power_mode=None,
+            precision="fp16", checkpoint=None, checkpoint_sha256="", reporter=Reporter(quiet=True),
+        )  # fmt: skip
+        return context.target_identity()
+
+    orin, host = load_profile("jetson-agx-orin-64gb"), load_profile("host-cpu")
+    raw = json.loads(roofline.FITTED.read_text())["sets"]["orin"]
+    own = orin.model_copy(update={"latency": LatencyFit.model_validate({**raw, "rows": 3, "command": "fit"})})
+    before = [identity(profile) for profile in (orin, own, host)]
+    assert before[0] != before[1]
+    again = tmp_path / "latency.json"
+    again.write_bytes(roofline.FITTED.read_bytes() + b"\n")
+    monkeypatch.setattr(roofline, "FITTED", again)
+    assert identity(orin) != before[0]
+    # what one measured oneself is in the profile, and a host is measured
+    assert [identity(own), identity(host)] == before[1:]

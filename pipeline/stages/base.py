@@ -13,7 +13,7 @@ from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.distributed import world
 from fusepress.pipeline.evidence import Measurement
 from fusepress.pipeline.recipe import LoadedRecipe, Precision, Recipe
-from fusepress.pipeline.store import KeyParts, sha256_tree
+from fusepress.pipeline.store import KeyParts, sha256_file, sha256_tree
 from fusepress.pipeline.task import LoadedTask, Split
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ class Context:
             from fusepress.targets.measure import host_description
 
             identity["host"] = {k: v for k, v in host_description().items() if k in ("cpu", "cores")}
+        elif self.profile.latency is None:  # a fit of one's own is part of the profile
+            from fusepress.targets.roofline import FITTED
+
+            identity["latency"] = sha256_file(FITTED)
         return identity
 
 
