@@ -6,6 +6,7 @@ What a part may win is what the pipeline wins if that part took no time: it says
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -84,8 +85,13 @@ def pipeline_latency(
         schedule: whether branches run one after the other or at the same time.
 
     Raises:
-        TaskError: a stage before a branch that there is none of, or a negative latency.
+        TaskError: a branch named `rest`, a stage named as a part of the network, a stage before a branch that there is
+            none of, or a latency that is negative or no number.
     """
+    if REST in branches:
+        raise TaskError(
+            f"expected branches of other names than {REST!r}, which is what follows them; rename the branch"
+        )
     before, after = _outside(outside or {}, branches)
     spans = {**branches, REST: rest, **{name: span for stages in before.values() for name, span in stages.items()}}
     spans |= after
@@ -113,10 +119,16 @@ def _outside(
 ) -> tuple[dict[str, dict[str, Span]], dict[str, Span]]:
     before: dict[str, dict[str, Span]] = {branch: {} for branch in branches}
     after = {}
+    taken = {*branches, REST}
     for name, ms in outside.items():
-        if ms < 0:
+        if not (ms >= 0 and math.isfinite(ms)):
             raise TaskError(
                 f"expected a latency of at least 0 ms; got {ms} at outside stage {name!r}; correct the task"
+            )
+        if name in taken:
+            raise TaskError(
+                f"expected an outside stage with a name of its own; got {name!r}, which is a part of the network; "
+                f"write {name}.SOMETHING where it comes before a branch, or rename it"
             )
         span = Span(value_ms=ms, low_ms=ms, high_ms=ms)
         branch, dot, _ = name.partition(".")

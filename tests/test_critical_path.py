@@ -77,3 +77,10 @@ def test_stages_of_no_branch_and_negative_ones_are_refused() -> None:
         pipeline_latency(branches, span(1.0), {"radar.cluster": 1.0})
     with pytest.raises(TaskError, match=r"expected a latency of at least 0 ms; got -1.0 at outside stage 'decode'"):
         pipeline_latency(branches, span(1.0), {"decode": -1.0})
+    with pytest.raises(TaskError, match=r"expected a latency of at least 0 ms; got nan at outside stage 'decode'"):
+        pipeline_latency(branches, span(1.0), {"decode": float("nan")})
+    for name in ("camera", "rest"):
+        with pytest.raises(TaskError, match=rf"expected an outside stage with a name of its own; got '{name}'"):
+            pipeline_latency(branches, span(1.0), {name: 1.0})
+    with pytest.raises(TaskError, match=r"expected branches of other names than 'rest'"):
+        pipeline_latency({"rest": span(1.0)}, span(1.0))
