@@ -880,10 +880,9 @@ def _with_pipeline(
     outside = outside_ms(record.task.get("outside", {}), device)
     branches = list(record.task["branches"])
     found = pipeline_of(measurements, branches, outside, schedule)
-    like = next(m for m in measurements if m.name == f"latency.{branches[0]}.mean_ms")
     parts = [asdict(part) for part in found.parts]
     return (
-        [*measurements, pipeline_row(found, like, list(outside))],
+        [*measurements, pipeline_row(found, measurements, list(outside))],
         environment | {"pipeline": {"schedule": schedule, "parts": parts}},
     )
 

@@ -16,6 +16,7 @@ StageStatus = Literal["pending", "running", "done", "cached", "skipped", "failed
 
 RUN_JSON = "run.json"
 SCHEMA = 1
+UNSTABLE = "unstable: "  # in the note of a measured latency that cannot be trusted, before why
 
 
 class Strict(BaseModel):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusepress.pipeline.errors import UsageError
-from fusepress.pipeline.evidence import GateVerdict, Measurement, Verdict
+from fusepress.pipeline.evidence import UNSTABLE, GateVerdict, Measurement, Verdict
 from fusepress.pipeline.store import sha256_file
 
 STATISTICS = ("mean_ms", "p50_ms", "p90_ms", "p99_ms", "p999_ms")
@@ -144,7 +144,7 @@ def budget_verdicts(measurements: Sequence[Measurement], limits: dict[str, float
 
 
 def _judge(row: Measurement, name: str, limit: float) -> tuple[GateVerdict, str]:
-    if row.note is not None and "unstable: " in row.note:
+    if row.note is not None and UNSTABLE in row.note:
         return "INCONCLUSIVE", "the figures cannot be trusted: end other work, let the clocks settle, and measure again"
     if row.low is not None and row.low > limit:
         return "FAIL", "the whole 95 % interval is beyond the limit"

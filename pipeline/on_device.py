@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import ExportError, MeasureError
-from fusepress.pipeline.evidence import Measurement, RunRecord
+from fusepress.pipeline.evidence import UNSTABLE, Measurement, RunRecord
 from fusepress.pipeline.store import atomic_write_text
 from fusepress.targets.doctor import Finding, examine
 from fusepress.targets.profile import Profile
@@ -215,7 +215,7 @@ def device_rows(
 
 
 def _note(result: RemoteResult, engine: EngineResult) -> str | None:
-    parts = [f"unstable: {why}" for why in engine.unstable]
+    parts = [UNSTABLE + why for why in engine.unstable]
     if result.during.clocks and not all(clock.locked for clock in result.during.clocks.values()):
         parts.append("clocks not locked")
     return "; ".join([*parts, *engine.warnings]) or None

@@ -12,6 +12,7 @@ from fusepress.pipeline import api
 from fusepress.pipeline.errors import TaskError, UsageError
 from fusepress.pipeline.evidence import Artifact, Kind, Measurement, RunRecord, StageRecord
 from fusepress.pipeline.gates.latency import judge_latency
+from fusepress.pipeline.measuring import budget_verdicts
 from fusepress.pipeline.recipe import LatencyGate
 from fusepress.pipeline.stages.parts import outside_ms, pipeline_of, pipeline_row
 from fusepress.pipeline.store import sha256_file
@@ -88,12 +89,31 @@ def test_a_gate_counts_a_measured_part_before_a_predicted_one() -> None:
 def test_the_whole_is_of_the_parts_kind_and_says_what_was_declared() -> None:
     rows = [row("camera", 6.0, "predicted"), row("lidar", 4.0, "predicted"), row("rest", 2.0, "predicted")]
     found = pipeline_of(rows, ["camera", "lidar"], {"lidar.voxelise": 3.0}, "parallel")
-    whole = pipeline_row(found, rows[0], ["lidar.voxelise"])
+    whole = pipeline_row(found, rows, ["lidar.voxelise"])
     assert (whole.name, whole.kind, whole.value) == ("latency.e2e.mean_ms", "predicted", 9.0)
     assert whole.low == pytest.approx(0.9 * 4 + 3 + 0.9 * 2)
     assert whole.high == pytest.approx(1.1 * 4 + 3 + 1.1 * 2)
     assert whole.note is not None
     assert "taken not to slow each other" in whole.note
+
+
+def test_the_whole_is_as_doubtful_as_its_parts() -> None:
+    rows = [row("camera", 6.0), row("lidar", 4.0), row("rest", 2.0)]
+    gate = LatencyGate(parts={"camera": 10.0, "lidar": 10.0, "e2e": 20.0})
+    for note, expected in (
+        (None, ("PASS", "PASS", "PASS")),
+        ("unstable: it moved", ("PASS", "INCONCLUSIVE", "INCONCLUSIVE")),
+    ):
+        rows[1] = rows[1].model_copy(update={"note": note})
+        whole = pipeline_row(pipeline_of(rows, ["camera", "lidar"], {}, "serial"), rows, [])
+        assert budget_verdicts([*rows, whole], {"e2e.mean_ms": 20.0})[0].verdict == expected[2]
+        record = RunRecord(
+            name="run", fusepress="0", target="orin", recipe_sha256="0", task_sha256="0", checkpoint_sha256="0", seed=0,
+            target_profile={"power_mode": "MAXN", "precision": "int8"},
+            artifacts={"onnx": Artifact(path="model.onnx", sha256="a")},
+            stages=[StageRecord(name="verify", measurements=[*rows, whole])],
+        )  # fmt: skip
+        assert tuple(found.verdict.verdict for found in judge_latency(record, gate)) == expected
 
 
 def test_an_outside_stage_without_a_latency_for_the_target_is_refused() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fusepress.pipeline.evidence import Measurement, RunRecord, Verdict
+from fusepress.pipeline.evidence import UNSTABLE, Measurement, RunRecord, Verdict
 from fusepress.pipeline.gates.intervals import Interval
 from fusepress.pipeline.gates.verdicts import (
     RELATION,
@@ -43,6 +43,9 @@ def _judge_one(record: RunRecord, name: str, limit: float, kinds: Sequence[str])
         why = f"the {chosen.kind} latency {shown(chosen.value)} ms has no interval, so it cannot decide; measure again"
         return Finding(Verdict(gate=name, verdict="INCONCLUSIVE", limit=limit, value=chosen.value, why=why))
     where = f"{chosen.kind} for {_place(chosen.device, chosen.power_mode, chosen.precision)}"
+    if _doubtful(record, chosen):
+        why = f"latency {spread(found, ' ms')}, {where}, cannot be trusted ({chosen.note}); measure again"
+        return tell(name, "INCONCLUSIVE", limit, found, why)
     if chosen.extrapolating:
         why = (
             f"latency {spread(found, ' ms')}, {where}, extrapolates beyond what the predictor was validated on; "
@@ -54,6 +57,11 @@ def _judge_one(record: RunRecord, name: str, limit: float, kinds: Sequence[str])
     if says == "INCONCLUSIVE":
         why += _what_decides(chosen, found, limit)
     return tell(name, says, limit, found, why, p=found.p_within(limit))
+
+
+def _doubtful(record: RunRecord, measurement: Measurement) -> bool:
+    """Whether a device's figure was told with --allow-unstable. This host is gated as it is, other work included."""
+    return record.target_profile.get("family") != "host" and UNSTABLE in (measurement.note or "")
 
 
 def latency_interval(measurement: Measurement) -> Interval | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusepress.pipeline.distributed import gather_objects, is_main, rank, world
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
-from fusepress.pipeline.evidence import Kind, Measurement
+from fusepress.pipeline.evidence import UNSTABLE, Kind, Measurement
 from fusepress.pipeline.gates import Replicates, compare, metric_intervals
 from fusepress.pipeline.stages.base import Context
 from fusepress.pipeline.store import atomic_write_bytes
@@ -238,7 +238,7 @@ def latency_result(
     tails: bool = False,
 ) -> list[Measurement]:
     """A LatencyMeasurement as records; `tails` adds p90 and p99.9; without a `note`, an unstable one is noted."""
-    unstable = None if result.stable else f"unstable: {result.why_unstable}"
+    unstable = None if result.stable else UNSTABLE + result.why_unstable
     rows: list[tuple[str, float, float, float | None]] = [
         ("mean_ms", result.mean_ms, result.mean_low_ms, result.mean_high_ms),
         ("p50_ms", result.p50_ms, result.p50_low_ms, result.p50_high_ms),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.errors import TaskError
-from fusepress.pipeline.evidence import Kind, Measurement
+from fusepress.pipeline.evidence import UNSTABLE, Kind, Measurement
 from fusepress.targets.critical_path import (
     PARALLEL_NOTE,
     REST,
@@ -65,13 +65,22 @@ def _span(row: Measurement) -> Span:
     )
 
 
-def pipeline_row(found: PipelineLatency, like: Measurement, declared: Sequence[str]) -> Measurement:
-    """The whole as a measurement, of the kind of its parts."""
+def pipeline_row(found: PipelineLatency, rows: Sequence[Measurement], declared: Sequence[str]) -> Measurement:
+    """The whole as a measurement, of the kind of its parts; where one of them cannot be trusted, it cannot be either.
+
+    Args:
+        found: the whole.
+        rows: its parts, as `pipeline_of` found them, among others.
+        declared: names of outside stages.
+    """
+    names = {f"latency.{part.name}.mean_ms" for part in found.parts}
+    parts = [row for row in rows if row.name in names]
     notes = ["sum of engines of their own" if found.schedule == "serial" else f"longest way; {PARALLEL_NOTE}"]
+    notes += [f"{row.name}: {row.note}" for row in parts if UNSTABLE in (row.note or "")]
     if declared:
         notes.append(f"declared, not measured: {', '.join(declared)}")
     whole = found.whole
-    return like.model_copy(
+    return parts[0].model_copy(
         update={
             "name": f"latency.{E2E}.mean_ms",
             "value": whole.value_ms,
@@ -79,6 +88,7 @@ def pipeline_row(found: PipelineLatency, like: Measurement, declared: Sequence[s
             "high": whole.high_ms,
             "n": None,
             "note": "; ".join(notes),
+            "extrapolating": any(row.extrapolating for row in parts),
         }
     )
 
@@ -103,9 +113,7 @@ def predicted_parts(ctx: Context, onnx_path: Path, precision: str, sha256: str, 
         rows.append(row.model_copy(update={"name": f"latency.{part}.mean_ms", "note": APART}))
     outside = outside_ms(ctx.task.outside, ctx.profile.name)
     found = pipeline_of(rows, list(ctx.task.branches), outside, gate.schedule)
-    extrapolating = any(row.extrapolating for row in rows)
-    whole = pipeline_row(found, rows[0], list(outside))
-    return [*rows, whole.model_copy(update={"extrapolating": extrapolating})]
+    return [*rows, pipeline_row(found, rows, list(outside))]
 
 
 def renamed(row: Measurement, part: str, sha256: str, kind: Kind = "measured") -> Measurement:
