@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fusepress.pipeline.api import make_context, new_record, preflight
 from fusepress.pipeline.console import Reporter
 from fusepress.pipeline.errors import RecipeError, StageError
+from fusepress.pipeline.graph import activations
 from fusepress.pipeline.graph.activations import called_layers
 from fusepress.pipeline.graph.apply import apply_plan
 from fusepress.pipeline.graph.groups import find_groups
@@ -94,6 +95,28 @@ def test_damping_leaves_weights_of_silent_inputs_where_they_are() -> None:
     fit_layer(layer, moments_with(model, found, wanted, target, torch.arange(2), [{"input": x}]), 1e-6)
     torch.testing.assert_close(layer.weight[:, 1], start[:, 1])
     torch.testing.assert_close(layer.weight[:, [0, 2]], target.weight[:, [0, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_far_from_zero_are_fitted_as_those_around_it() -> None:
+    layer, target = nn.Linear(6, 2), nn.Linear(6, 2)
+    x = torch.randn(4000, 6) + 3000.0
+    model, wanted = nn.Sequential(layer), nn.Sequential(target.double())
+    wanted[0].register_forward_pre_hook(lambda _module, args: (args[0].double(),))
+    found = called_layers(model, {"input": x}, ["0.weight"])["0.weight"]
+    fit_layer(layer, moments_with(model, found, wanted, target, torch.arange(2), [{"input": x}]), 1e-6)
+    torch.testing.assert_close(layer.weight.double(), target.weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [1, 4])
+def test_other_positions_than_the_dense_models_are_refused(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "CHUNK", 4 * 3)  # chunks of four positions
+    layer, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    model, wanted = nn.Sequential(layer), nn.Sequential(target)
+    longer = nn.Sequential(nn.Identity(), layer)
+    longer[0].register_forward_hook(lambda _module, _args, x: torch.cat([x, x[:more]]))
+    found = called_layers(model, {"input": torch.ones(8, 3)}, ["0.weight"])["0.weight"]
+    with pytest.raises(StageError, match=rf"at the 8 positions .* at; got {8 + more}; set finetune"):
+        moments_with(longer, found, wanted, target, torch.arange(2), [{"input": torch.ones(8, 3)}])
 
 
 # Networks

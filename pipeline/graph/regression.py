@@ -61,7 +61,8 @@ class Moments:
 
     def add(self, x_PGK: Tensor, y_PGR: Tensor) -> None:
         """Add positions to the means, which are sums until `finish`."""
-        x, y = x_PGK.transpose(0, 1), y_PGR.transpose(0, 1)
+        # before any product: what centring takes off may be far larger than what it leaves
+        x, y = x_PGK.to(torch.float64).transpose(0, 1), y_PGR.to(torch.float64).transpose(0, 1)
         self.xx += x.mT @ x
         self.yx += y.mT @ x
         self.x += x.sum(1)
@@ -110,14 +111,13 @@ def moments_with(
         begin, y_PGR = 0, outputs[seen]
         for x_PGK in columns_of(module, "weight", args, kwargs)[0]:
             end = begin + len(x_PGK)
-            if end > len(y_PGR):
-                break
-            found.add(x_PGK.detach(), y_PGR[begin:end])
+            if end <= len(y_PGR):
+                found.add(x_PGK.detach(), y_PGR[begin:end])
             begin = end
         if begin != len(y_PGR):
             raise StageError(
-                f"expected {layer.param} to be used at the same positions as in the dense model; got another number "
-                f"than its {len(y_PGR)}; set finetune.reconstruct: 0 for a model whose shapes depend on its features"
+                f"expected {layer.param} to be used at the {len(y_PGR)} positions that the dense model uses it at; got "
+                f"{begin}; set finetune.reconstruct: 0 for a model whose shapes depend on its features"
             )
         seen += 1
         if seen == layer.calls:
