@@ -290,6 +290,42 @@ def test_a_pickle_in_the_file_is_never_read(tmp_path: Path) -> None:
         load_replicates(path)
 
 
+def test_members_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    """A small file could name the same bytes any number of times."""
+    path = tmp_path / "replicates.npz"
+    save_replicates(path, stored())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.filelist.extend(max(archive.filelist, key=lambda member: member.file_size) for _ in range(30))
+        archive._didModify = True  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="members that lie over each other"):
+        load_replicates(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("meta/clusters", 0, "0 clusters of 80 samples"),
+        ("meta/clusters", 81, "81 clusters of 80 samples"),
+        ("meta/samples", -(10**15), "20 clusters of -"),
+        ("meta/schema", np.inf, "infinity"),
+        ("dense/miou", np.ones((50, 2)), "no list of numbers"),
+        ("strata/day/meta/samples", 3, "does not fit"),
+        ("dense/other", np.ones(50), "does not fit"),
+    ],
+)
+def test_replicates_that_do_not_hold_together_are_refused(name: str, value: Any, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "replicates.npz"
+    save_replicates(path, stored())
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays[name] = np.array(value)
+    if name == "dense/miou":
+        arrays["compressed/miou"] = np.array(value)
+    np.savez(path, **arrays)
+    with pytest.raises(StoreError, match=told):
+        load_replicates(path)
+
+
 def test_a_failure_name_with_a_slash_is_refused(tmp_path: Path) -> None:
     bad = Replicates(clean=stored().clean, failures={("a/b", 1): stored().clean}, samples=1, clusters=1)
     with pytest.raises(StoreError, match="without '/'"):
