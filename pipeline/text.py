@@ -130,16 +130,21 @@ def bundle_lines(bundle: Bundle) -> list[str]:
 
 
 def verified_lines(found: Verified) -> list[str]:
-    """Checks of a bundle, and what none of them can tell."""
+    """Checks of a bundle, and what none of them can tell; nothing that a bundle holds can begin a line of its own."""
     lines = [f"{check.status:<12}{check.name:<11}{check.why}" for check in found.checks]
     lines += [f"{'not checked':<12}{why}" for why in found.not_checked]
     whole = "every check passed" if found.ok else "do not use it"
-    return [*lines, f"{found.name}: {whole}; its verdict is {found.verdict}"]
+    return [_plain(line) for line in [*lines, f"{found.name}: {whole}; its verdict is {found.verdict}"]]
+
+
+def _plain(text: str) -> str:
+    """Without line breaks, escape sequences or marks that turn the direction of writing."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def reproduced_lines(found: Sequence[Reproduced]) -> list[str]:
     """Stages that were run again."""
-    lines = [f"{stage.status:<10}{stage.stage:<10}{stage.why}" for stage in found]
+    lines = [_plain(f"{stage.status:<10}{stage.stage:<10}{stage.why}") for stage in found]
     differing = [stage.stage for stage in found if stage.status == "different"]
     return [*lines, f"different: {', '.join(differing)}" if differing else "reproduced"]
 

@@ -18,10 +18,11 @@ from fusepress.pipeline.bundling.manifest import (
     digest_line,
     list_files,
 )
-from fusepress.pipeline.bundling.verify import Check, check_folder
+from fusepress.pipeline.bundling.verify import Check, Verified, check_folder
 from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord
 from fusepress.pipeline.gates import Condition, Replicates, judge, overall, save_replicates
 from fusepress.pipeline.recipe import Recipe
+from fusepress.pipeline.text import verified_lines
 
 RECIPE = {"task": "task.py:T", "checkpoint": "dense.safetensors", "gates": {"floors": {"m": 0.5}}}
 FILES = {"onnx": "model.onnx", "replicates": "replicates.npz", "references": "references.safetensors"}
@@ -31,7 +32,7 @@ def _doubled(extra: list[onnx.NodeProto] | None = None) -> onnx.ModelProto:
     """y = 2 x, two numbers a sample."""
     nodes = [helper.make_node("Mul", ["x", "two"], ["y"]), *(extra or [])]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2]) for name in ("x", "y")]
-    two = numpy_helper.from_array(np.float32([2.0]), "two")
+    two = numpy_helper.from_array(np.array([2.0], np.float32), "two")
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], [two])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
@@ -45,7 +46,7 @@ def _forge(
 ) -> dict[str, Check]:
     """Write a bundle whose hashes all fit, and check it."""
     (folder / released).write_bytes((model or _doubled()).SerializeToString())
-    x = np.float32([[1.0, 2.0], [3.0, 4.0]])
+    x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     save_file({"inputs/x": x, "outputs/y": 2 * x} if tensors is None else tensors, folder / FILES["references"])
     return _sealed(folder, FILES | {"onnx": released})
 
@@ -105,8 +106,8 @@ def test_a_whole_bundle_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_references_that_no_output_differs_from_are_refused(tmp_path: Path, wrong: float) -> None:
-    x = np.float32([[1.0, 2.0]])
-    found = _forge(tmp_path, tensors={"inputs/x": x, "outputs/y": np.float32([[wrong, 99.0]])})
+    x = np.array([[1.0, 2.0]], np.float32)
+    found = _forge(tmp_path, tensors={"inputs/x": x, "outputs/y": np.array([[wrong, 99.0]], np.float32)})
     assert found["parity"].status == "failed"
     assert "expected finite reference outputs of at least one sample" in found["parity"].why
 
@@ -147,3 +148,28 @@ def test_a_run_without_references_is_refused(tmp_path: Path) -> None:
     del record.artifacts["references"]
     found = _listed(tmp_path, record, Recipe.model_validate(RECIPE))
     assert "got no references" in found["run record"].why
+
+
+@pytest.mark.parametrize("change", [{"limit": 0.8}, {"value": 0.95}, {"high": 0.99}, {"verdict": "INCONCLUSIVE"}])
+def test_a_verdict_with_other_figures_is_found(tmp_path: Path, change: dict[str, float]) -> None:
+    """`limit` 0.8 for a floor that was 0.5 would make the release look better than it was asked to be."""
+    assert _forge(tmp_path)["verdict"].status == "ok"
+    record = RunRecord.model_validate_json((tmp_path / "run.json").read_text())
+    stage = record.stages[0]
+    stage.verdicts = [stage.verdicts[0].model_copy(update=change)]
+    found = _listed(tmp_path, record, Recipe.model_validate(RECIPE))
+    assert "got others at floors.m" in found["verdict"].why
+
+
+def test_a_verdict_that_is_told_twice_is_found(tmp_path: Path) -> None:
+    _forge(tmp_path)
+    record = RunRecord.model_validate_json((tmp_path / "run.json").read_text())
+    record.stages[0].verdicts *= 2
+    assert _listed(tmp_path, record, Recipe.model_validate(RECIPE))["verdict"].status == "failed"
+
+
+def test_what_a_bundle_says_of_itself_begins_no_line_of_its_own() -> None:
+    check = Check("parity", "failed", "x\x1b[2K\rok")
+    lines = verified_lines(Verified(name="a\nok          signature  yours", verdict="FAIL", checks=(check,)))
+    assert all(line.isprintable() for line in lines)
+    assert lines[-1] == "a?ok          signature  yours: do not use it; its verdict is FAIL"

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from fusepress.pipeline.errors import StoreError
-from fusepress.pipeline.evidence import Strict
+from fusepress.pipeline.evidence import GateVerdict, Strict
 from fusepress.pipeline.store import sha256_file
 
 MANIFEST_JSON = "manifest.json"
@@ -37,7 +37,7 @@ class Manifest(Strict):
     fusepress: str
     name: str
     target: str
-    verdict: str
+    verdict: GateVerdict
     files: dict[str, FileFacts]
 
     def to_bytes(self) -> bytes:

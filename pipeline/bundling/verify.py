@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from fusepress.pipeline.bundling.manifest import (
 )
 from fusepress.pipeline.bundling.signature import check_signature, fingerprint, load_public_key
 from fusepress.pipeline.errors import FusepressError, StoreError, UsageError
-from fusepress.pipeline.evidence import RunRecord, read_run
+from fusepress.pipeline.evidence import RunRecord, Verdict, read_run
 from fusepress.pipeline.gates import judge, load_baseline, load_replicates, overall
 from fusepress.pipeline.recipe import Recipe
 from fusepress.pipeline.store import sha256_tree
@@ -225,16 +226,24 @@ def _verdict(folder: Path, record: RunRecord) -> Check:
     baseline = load_baseline(folder / "baseline.json") if gates.release is not None else None
     again = judge(record, replicates, gates, record.task["metrics"], baseline=baseline)
     stored = [verdict for stage in record.stages for verdict in stage.verdicts]
-    told = {v.gate: v.verdict for v in stored}
-    found = {v.gate: v.verdict for v in again}
+    told, found = ({v.gate: v for v in some} for some in (stored, again))
+    differing = sorted(g for g in told.keys() | found.keys() if _differ(told.get(g), found.get(g)))
     verdict, why = overall(again)
-    if told != found or verdict != record.verdict:
-        differing = sorted(g for g in told.keys() | found.keys() if told.get(g) != found.get(g)) or ["the whole"]
+    if differing or len(stored) != len(again) or verdict != record.verdict:
+        differing = differing or ["the whole"]
         raise StoreError(
             f"expected the verdicts that the stored figures give; got others at {', '.join(differing[:SPOTS])}: judged "
-            f"again it is {verdict}, run.json says {record.verdict}"
+            f"again it is {verdict}, run.json says {record.verdict}; bundle the run again"
         )
     return Check("verdict", "ok", f"{verdict} again from the stored replicates: {why[:160]}")
+
+
+def _differ(told: Verdict | None, found: Verdict | None) -> bool:
+    """Another verdict, limit or figure, but for the last digits, which belong to a machine's arithmetic."""
+    if told is None or found is None or told.verdict != found.verdict:
+        return True
+    pairs = [(getattr(told, name), getattr(found, name)) for name in ("limit", "value", "low", "high")]
+    return any(a != b if None in (a, b) else not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
 
 
 def _onnx(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
