@@ -120,7 +120,8 @@ def _header(name: str, size: int) -> bytes:
         return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
     except (ValueError, UnicodeError) as error:
         raise StoreError(
-            f"expected a file of at most 8 GiB with a name that tar can hold; got {name!r} of {size} bytes ({error})"
+            f"expected a file of at most 8 GiB with a name that tar can hold; got {name!r} of {size} bytes ({error}); "
+            "rename the file, or leave it out"
         ) from error
 
 
@@ -146,7 +147,7 @@ def _entries(file: IO[bytes], total: int) -> Iterator[Entry]:
         file.seek(offset)
         header = file.read(BLOCK)
         if header == END[:BLOCK]:
-            if header + file.read() != END:
+            if header + file.read(BLOCK + 1) != END:
                 raise ArchiveError("expected the archive to end; got other bytes behind its last file", index)
             check_names(names)
             return
