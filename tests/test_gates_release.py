@@ -102,6 +102,8 @@ def test_from_another_dense_model_the_metrics_are_compared_unpaired() -> None:
     [verdict] = judged(replicates(dense=0.71, released=0.675))
     assert verdict.verdict == "INCONCLUSIVE"
     assert "unpaired" in verdict.why
+    assert "more samples" in verdict.why
+    assert "in both releases would decide it" in verdict.why, "the stored half-width does not shrink by itself"
     assert verdict.value == pytest.approx(0.005)
     assert verdict.high is not None
     assert verdict.high > 0.1
@@ -170,6 +172,17 @@ def test_a_stored_release_comes_back_and_tells_what_changed(tmp_path: Path) -> N
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "baseline.json"
     path.write_text(text)
+    with pytest.raises(StoreError, match="expected a stored release of schema 1"):
+        load_baseline(path)
+
+
+@pytest.mark.parametrize("change", [{"high": float("nan")}, {"low": float("-inf")}, {"low": 0.03, "high": 0.01}])
+def test_figures_that_are_no_interval_are_refused(tmp_path: Path, change: dict[str, float]) -> None:
+    """An interval of NaN would end in a traceback, one the wrong way round in a narrow one."""
+    path = tmp_path / "baseline.json"
+    stored = json.loads(RELEASE.to_json())
+    stored["metrics"]["miou"]["drop"] |= change
+    path.write_text(json.dumps(stored))
     with pytest.raises(StoreError, match="expected a stored release of schema 1"):
         load_baseline(path)
 

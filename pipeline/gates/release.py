@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Kind, RunRecord, Strict, Verdict
@@ -41,11 +41,17 @@ LATENCY = "latency.mean_ms"
 
 
 class Figure(Strict):
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval around it."""
 
-    value: float
-    low: float
-    high: float
+    value: float = Field(allow_inf_nan=False)
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Figure:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"expected low <= value <= high; got {self.low}, {self.value}, {self.high}")
+        return self
 
     def interval(self) -> Interval:
         """As the gates use it."""
@@ -285,7 +291,7 @@ def _judge_metric(
         return tell(name, "INCONCLUSIVE", limit, found, f"{what} {spread(found)}: {too_few_units(replicates)}")
     why = f"{what} ({basis}) {spread(found)} is {RELATION[says]} {shown(limit)}"
     if says == "INCONCLUSIVE":
-        why += more_samples(found, limit, replicates)
+        why += more_samples(found, limit, replicates, where=" in both releases")  # the stored error stays else
     return tell(name, says, limit, found, why + replicates.note, p=found.p_within(limit))
 
 

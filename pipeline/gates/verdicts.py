@@ -78,8 +78,8 @@ def too_few_units(replicates: Replicates) -> str:
     )
 
 
-def more_samples(found: Interval, limit: float, replicates: Replicates) -> str:
-    """How many more samples decide, were the estimate to stay."""
+def more_samples(found: Interval, limit: float, replicates: Replicates, *, where: str = "") -> str:
+    """How many more samples decide, were the estimate to stay; `where` they are needed, if not in this run alone."""
     more = more_needed(found, limit, replicates.samples)
     if more is None:
         return "; the value is at the limit, so no number of samples is likely to decide"
@@ -87,7 +87,7 @@ def more_samples(found: Interval, limit: float, replicates: Replicates) -> str:
     if replicates.clusters > 1:
         clusters = f" ({math.ceil(more * replicates.clusters / replicates.samples):,} clusters)"
     return (
-        f"; about {more:,} more samples{clusters} would decide it with {POWER:.0%} probability (now "
+        f"; about {more:,} more samples{clusters}{where} would decide it with {POWER:.0%} probability (now "
         f"{replicates.samples:,})"
     )
 
