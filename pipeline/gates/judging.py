@@ -161,7 +161,7 @@ def _judge_floor(numbers: _Numbers, name: str, limit: float) -> list[Finding]:
     if label is None:
         return [_floor(gate, metric, limit, numbers.replicates.clean, numbers.replicates, sign)]
     if not strata or label not in {*strata, EVERY_STRATUM}:
-        known = ", ".join(sorted(strata)) or "none: the task has no strata(batch)"
+        known = ", ".join(sorted(strata)) or "none: the task has no strata(batch), or too many to judge"
         why = f"no evaluation sample is of the stratum {label!r}; there are {known}; correct the recipe"
         return [without_number(gate, limit, why)]
     chosen = sorted(strata) if label == EVERY_STRATUM else [label]
