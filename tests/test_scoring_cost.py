@@ -121,7 +121,7 @@ def test_live_copies_are_counted_while_they_live() -> None:
         ({"method": "prospr"}, 2, 2),
         ({"method": "grasp"}, 2, 2),
         ({"method": "imp", "rounds": 2}, 1, 2.5),  # theta, a score a weight, and in bytes masks and round numbers
-        ({"method": "synflow", "rounds": 3}, 0.7, 1.7),
+        ({"method": "synflow", "rounds": 3}, 2.3, 1.7),
         ({"method": "altermoma", "beta": 1.0}, 4 / 3, 8 / 3),  # a masked third has nothing; the fusion's first half
     ],
     ids=["snip", "taylor", "altermoma without redundancy", "prospr", "grasp", "imp", "synflow", "altermoma"],

@@ -446,6 +446,20 @@ def brute_force_flow(model: Plain) -> float:
         return float((x @ model.last.weight.double().abs().T).sum())
 
 
+def test_synflow_is_the_same_whether_values_are_held_or_made_for_every_use() -> None:
+    model, task = plain()
+    found: list[dict[str, Tensor]] = []
+    for hold in (False, True):
+        flow = Flow(model=model, task=task, seed=0, passes=Passes(total=1), hold=hold)
+        notes: dict[str, Tensor] = {}
+        with flow.ready():
+            flow.measure(lambda name, value, slope, notes=notes: notes.update({name: value * slope}))  # type: ignore[misc]
+        found.append(notes)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-12, atol=0.0)
+
+
 def test_synflow_of_channels_conserves_the_flow_too() -> None:
     toy = ConvToy(dtype=torch.float32)
     one = score_channels(toy.model, toy.task, ToyGraph(toy.groups), with_method("synflow", rounds=2), seed=0)

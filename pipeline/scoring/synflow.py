@@ -71,7 +71,7 @@ def score_synflow(
     groups = list(graph.groups)
     rounds = config.rounds if config.rounds > 1 else ROUNDS
     scorer = ChannelScorer(model, groups, "gate")
-    flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
+    flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress), hold=True)
     first = first_names(model)
     counted = {first[name] for name in scorer.parameters}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -132,6 +132,8 @@ class Flow:
         passes: counts and reports.
         masks: parameter name -> bool (True = kept); parameters left out are whole.
         totals: R of every measurement.
+        hold: keep |theta| in float64 through a pass, two copies of the parameters, instead of making it for every use,
+            which takes a fifth more time.
     """
 
     model: nn.Module
@@ -140,6 +142,7 @@ class Flow:
     passes: Passes
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     totals: list[float] = field(default_factory=list)
+    hold: bool = False
     _inputs: dict[str, Tensor] = field(init=False)
     _buffers: dict[str, Tensor] = field(init=False)
 
@@ -190,19 +193,27 @@ class Flow:
         """
         parameters = {p: name for name, p in self.model.named_parameters() if p.is_floating_point()}
         absolute = {name: partial(self._absolute, name, p.detach()) for p, name in parameters.items()}
-        substitution = Substitution(parameters, lambda name: absolute[name](), note)
-        with substitution:
-            self._pass(substitution)
+        if self.hold:
+            values = {name: make().requires_grad_(True) for name, make in absolute.items()}
+            for name, value in values.items():
+                value.register_post_accumulate_grad_hook(_noting(name, note))
+            self._back(self._forward(values))
+        else:
+            with Substitution(parameters, lambda name: absolute[name](), note) as substitution:
+                self._back(self._forward({}))
+                substitution.finish()
         self.passes.step("synflow")
 
-    def _pass(self, substitution: Substitution) -> None:
+    def _forward(self, values: Mapping[str, Tensor]) -> Any:
         try:
-            outputs = functional_call(self.model, self._buffers, args=(), kwargs=self._inputs)
+            return functional_call(self.model, {**values, **self._buffers}, args=(), kwargs=self._inputs)
         except RuntimeError as error:
             raise StageError(
                 f"expected the model to run in float64 for SynFlow; got {error} in its forward pass; use x.to(y.dtype) "
                 "for casts inside the model, or another score.method"
             ) from error
+
+    def _back(self, outputs: Any) -> None:
         found = [value for value in self.task.as_dict(outputs).values() if value.is_floating_point()]
         total = torch.stack([value.sum() for value in found]).sum()
         self.totals.append(float(total.detach()))
@@ -213,7 +224,6 @@ class Flow:
             )
         if total.requires_grad and self.totals[-1]:
             (total / total.detach().abs()).backward()
-            substitution.finish()
 
     def _absolute(self, name: str, parameter: Tensor) -> Tensor:
         value = parameter.to(torch.float64, copy=True).abs_()
@@ -232,6 +242,17 @@ class Flow:
             "flow": [self.totals[0], self.totals[-1]],
             "scored": list(counts),
         }
+
+
+def _noting(name: str, note: Note) -> Callable[[Tensor], None]:
+    """Hand a gradient over as soon as it is complete, and drop it: no two gradients have to live at a time."""
+
+    def hook(value: Tensor) -> None:
+        assert value.grad is not None
+        note(name, value.detach(), value.grad)
+        value.grad = None
+
+    return hook
 
 
 def _divides_by_its_input(module: nn.Module) -> bool:
