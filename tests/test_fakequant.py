@@ -257,6 +257,35 @@ def test_nodes_without_a_counterpart_are_told() -> None:
         assert quantised.steps() == {"t": pytest.approx(0.1)}
 
 
+class InPlace(nn.Module):
+    """A sum that only its first operand tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.first(x)
+        total.add_(self.second(x))
+        return total
+
+
+def test_a_sum_in_place_stays_in_place() -> None:
+    torch.manual_seed(0)
+    model, x = InPlace(), torch.randn(1, 3)
+    sides = [model.first(x).detach(), model.second(x).detach()]
+    operands = [QuantisedInput(index=i, group=i, amax=side.abs().max().numpy()[None]) for i, side in enumerate(sides)]
+    node = QuantisedNode(name="Add", operator="Add", inputs=tuple(operands), weight=None)
+    placement = Placement(grid="int8", nodes=(node,), groups=(("a",), ("b",)), steps=np.array([0.5, 0.25], np.float32))
+    expected = fake_quantise(sides[0], torch.tensor(0.5)) + fake_quantise(sides[1], torch.tensor(0.25))
+    with fake_quantised(model, placement, [{"x": x}], learn=True) as quantised:
+        assert quantised.followed == ("Add",)
+        found = model(x)
+        assert torch.equal(found, expected)
+        found.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # --- scales that come back --------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ OPERATORS = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"), "shape"),
 }
 _WEIGHTED = ("conv", "matmul")
+_IN_PLACE = ("add_", "__iadd__")
 
 
 def on_grid(ratio: Tensor, grid: Grid) -> Tensor:
@@ -367,7 +368,10 @@ class _Quantised(_Calls):
         if site is None:
             return func(*args, **kwargs)
         made = {i: fake_quantise(v, self._step_G[site.groups[i]], self.grid) for i, v in self._taken(key, args, kwargs)}
+        original = args
         args, kwargs = _with_operands(key[1], args, kwargs, made)
+        if name in _IN_PLACE and 0 in made:  # what it is called on changes, for whoever else has it
+            return original[0].copy_(func(*args, **kwargs))
         if site.weighted:
             args, kwargs = self._with_weights(site, args, kwargs)
         return func(*args, **kwargs)
