@@ -212,8 +212,9 @@ append() {
   if [ -d "$base/lock" ]; then now >"$base/lock/beat"; fi
 }
 
-seal() {
+seal() { # once more where it was sealed and nobody heard of it
   inside "$1"
+  if [ ! -f "$base/$1.part" ] && [ -f "$base/$1" ] && [ "$(hash_of "$base/$1")" = "$2" ]; then return 0; fi
   found=$(hash_of "$base/$1.part")
   if [ "$found" != "$2" ]; then
     rm -f "$base/$1.part"
@@ -395,7 +396,7 @@ sample() { # the state while the command runs
   if command -v tegrastats >/dev/null 2>&1; then
     exec tegrastats --interval 500
   elif command -v nvidia-smi >/dev/null 2>&1; then
-    exec nvidia-smi --query-gpu=clocks.sm,temperature.gpu,power.draw --format=csv,noheader,nounits -lms 500
+    exec nvidia-smi --query-gpu=clocks.sm,temperature.gpu,power.draw,utilization.gpu --format=csv,noheader,nounits -lms 500
   fi
 }
 

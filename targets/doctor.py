@@ -273,7 +273,7 @@ def _throttles(part: Mapping[str, str]) -> bool:
 
 
 def parse_samples(text: str) -> Samples:
-    """Lines of tegrastats, or of nvidia-smi with `clocks.sm,temperature.gpu,power.draw`."""
+    """Lines of tegrastats, or of nvidia-smi with `clocks.sm,temperature.gpu,power.draw,utilization.gpu`."""
     clocks: list[float] = []
     hot: list[float] = []
     power: list[float] = []
@@ -287,10 +287,11 @@ def parse_samples(text: str) -> Samples:
             hot += [float(value) for value in _TEMPERATURE.findall(line) if float(value) > -100]
             rails = {name: float(value) for name, value in _POWER.findall(line)}
             power += [rails[name] for name in _BOARD_RAILS if name in rails][:1]
-        elif re.fullmatch(r"\s*\d+(?:\.\d+)?, \d+, [\d.]+\s*", line):
+        elif re.fullmatch(r"\s*\d+(?:\.\d+)?, \d+, [\d.]+, \d+\s*", line):
             n += 1
-            clock, celsius, watts = (float(value) for value in line.split(","))
-            clocks.append(clock)
+            clock, celsius, watts, busy_percent = (float(value) for value in line.split(","))
+            if busy_percent >= BUSY_PERCENT:  # an idle GPU clocks down, as while an engine is loaded
+                clocks.append(clock)
             hot.append(celsius)
             power.append(1000 * watts)
     return Samples(

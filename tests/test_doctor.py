@@ -110,8 +110,9 @@ def test_samples_of_three_boards() -> None:
     agx = parse_samples(AGX)
     assert (agx.gpu_mhz, agx.board_mw) == ((1300.0, 1300.0), None)  # its rails are parts of the board
     assert not agx.clock_dropped
-    desktop = parse_samples("1560, 61, 70.25\n1545, 62, 71.75\n")
-    assert (desktop.gpu_mhz, desktop.board_mw) == ((1545.0, 1560.0), 71_000.0)
+    desktop = parse_samples("210, 50, 71, 0\n1560, 61, 70.25, 99\n1545, 62, 71.75, 98\n")  # the engine is loaded first
+    assert (desktop.n, desktop.gpu_mhz, desktop.board_mw) == (3, (1545.0, 1560.0), 71_000.0)
+    assert not desktop.clock_dropped
     assert parse_samples("") == parse_samples("tegrastats: not found")
 
 
