@@ -142,10 +142,14 @@ class _Session:
                 self._leave()
             raise
         except (BuildError, MeasureError):
+            if self.run:
+                self.device.call("tidy", self.run)  # the next try shall not find what failed
             self._leave()
             raise
         except BaseException:
             self.device.try_call("restore")
+            if self.run:
+                self.device.try_call("tidy", self.run)  # the exit code of what was ended tells nothing of the engine
             self.device.try_call("unlock", self.client)
             raise
         else:
@@ -347,7 +351,6 @@ class _Session:
             self.restored = False
         missing = [path for path in paths[2:] if files[path] is None]
         if code != 0 or missing:
-            self.device.call("tidy", self.run)
             reason = log.reason if code != 0 else f"no {missing[0].rsplit('/', 1)[-1]}"
             raise MeasureError(
                 f"expected trtexec to run the engine on {self.device.host}; got exit code {code}: {reason}; is "
@@ -375,6 +378,8 @@ class _Session:
         files = self.device.fetch(f"{job}/after", f"{job}/locked")
         during = parse_power((files[f"{job}/after"] or b"").decode(errors="replace"))
         if self.settings.set_mode and during.mode != self.mode:
+            for folder in (self.run, *(f"engines/{key}" for key in keys.values())):  # of another mode than they say
+                self.device.call("tidy", folder)
             raise DeviceError(
                 f"expected power mode {self.mode} on {self.device.host} while timing; got {during.mode}; some changes "
                 "take a restart: set it by hand with nvpmodel, restart, and measure again"

@@ -234,6 +234,48 @@ def test_giving_up_ends_the_work_and_leaves_the_device(
     assert clean(double)
 
 
+def test_what_was_given_up_or_failed_while_timing_is_timed_anew(
+    server: Server, double: DeviceDouble, order: EngineOrder
+) -> None:
+    double.write("slow-time", "600\n")
+
+    def say(_fraction: float, _word: str) -> None:
+        if (double.folder / "in-time").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), connect(server) as device:
+        measure_remote(device, [order], profile=ORIN, settings=QUICK, say=say)
+    assert clean(double)
+    (double.folder / "slow-time").unlink()
+    times = double.read("times-any")
+    double.write("times-any", "[")
+    with connect(server) as device:
+        with pytest.raises(MeasureError, match=r"expected the times of inferences; got no JSON at time-0-0-0"):
+            measure_remote(device, [order], profile=ORIN, settings=QUICK)
+        assert clean(double)
+        double.write("times-any", times)
+        assert measure_remote(device, [order], profile=ORIN, settings=QUICK).engines[order.name].reused
+    assert clean(double)
+
+
+def test_a_power_mode_that_does_not_come_leaves_nothing_that_says_it_did(
+    server: Server, double: DeviceDouble, order: EngineOrder
+) -> None:
+    settings = RemoteSettings(seconds=1.0, rounds=1, set_mode=True, lock_clocks=False)
+    double.write("mode", "2\n")
+    double.write("stuck", "")
+    with connect(server) as device:
+        with pytest.raises(
+            DeviceError, match=r"expected power mode MAXN on double while timing; got 30W; some changes"
+        ):
+            measure_remote(device, [order], profile=ORIN, settings=settings)
+        assert clean(double, ("2", "free"))
+        (double.folder / "stuck").unlink()
+        found = measure_remote(device, [order], profile=ORIN, settings=settings)
+    assert (found.during.mode, found.engines[order.name].reused) == ("MAXN", False)
+    assert clean(double, ("2", "free"))
+
+
 def test_a_failing_build_says_why_and_is_tried_again(server: Server, double: DeviceDouble, order: EngineOrder) -> None:
     double.write("fail-build", formats.LOG_10_3_FAILED)
     with connect(server) as device:
@@ -286,6 +328,9 @@ def test_a_full_disk_keeps_what_was_copied(
         assert device.upload(order.onnx, "models/x", sha, sent.append)
         assert sent[0] == pytest.approx(0.4)
         assert not device.upload(order.onnx, "models/x", sha)
+        device.call("seal", "models/x", sha)  # said again where the answer was lost
+        with pytest.raises(ssh.CallFailed, match="the copy has the hash"):
+            device.call("seal", "models/x", "0" * 64)
         # a rest of something else, longer or shorter than the file
         for rest in (b"else", bytes(20_000)):
             (double.store / "models" / "y.part").write_bytes(rest)
