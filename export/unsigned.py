@@ -32,7 +32,8 @@ def use_unsigned(proto: Any) -> list[str]:
     """Let Q/DQ behind Relus count without a sign, in place; the rest of the graph stays as it is.
 
     A Relu qualifies where only QuantizeLinear nodes with one zero point of signed 0 read it. What is computed changes
-    by less than half a step of the signed numbers: the same range, in finer steps.
+    by at most three quarters of a step of the signed numbers: half a step by their rounding, a quarter by that to the
+    finer steps of the same range.
 
     Returns:
         Names of the Relus.

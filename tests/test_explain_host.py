@@ -61,12 +61,14 @@ def test_unsigned_numbers_round_to_finer_steps_of_the_same_range(row: list[float
     x = graph.add("Relu", graph.input("x", [1, 8]), name="relu")
     graph.output(graph.quantized(x, "q", scale=scale))
     proto = graph.proto()
+    feed = {"x": np.asarray([row], np.float32)}
+    signed = ReferenceEvaluator(proto).run(None, feed)[0]
     assert use_unsigned(proto) == ["relu"]
-    evaluator = ReferenceEvaluator(proto)
-    got = evaluator.run(None, {"x": np.asarray([row], np.float32)})[0]
+    got = ReferenceEvaluator(proto).run(None, feed)[0]
     wanted = np.clip(row, 0.0, np.float32(scale) * 127)
     half_a_step = 0.5 * scale * 127 / 255
     assert np.all(np.abs(got[0] - wanted) <= half_a_step * (1 + 1e-4) + 1e-6)
+    assert np.all(np.abs(got - signed) <= 0.75 * scale * (1 + 1e-4) + 1e-6)
 
 
 @pytest.mark.parametrize("fault", ["output", "other reader", "unsigned already", "other scale"])
