@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ from fusepress.targets.kernels import Constants, kernel_times
 from fusepress.targets.legality import check_legality
 from fusepress.targets.network import Network, read_network
 from fusepress.targets.predict import COVERAGE, class_shares
-from fusepress.targets.profile import Precision, Profile, Section
+from fusepress.targets.profile import Precision, Profile, Section, list_profiles, load_profile
 from fusepress.targets.roofline import ConstantSet, constants_of
 from fusepress.targets.work import Array, Work, describe_work, join_works
 
@@ -407,15 +407,21 @@ def refine(rows: Sequence[FitRow], profile: Profile) -> PersonalFit:
 
 
 def overlay_text(profile: Profile, fit: PersonalFit, command: str, rows: Sequence[FitRow]) -> str:
-    """A profile that inherits everything from the target but the constants of its latency."""
+    """A profile with everything of the target and these constants; what is as in a shipped one is inherited."""
     head = (
         f"# {len(rows)} measured latencies; written by: {command}\n"
         "# Beside a recipe this file wins over the profile of its name.\n"
     )
-    body: Mapping[str, Any] = {
-        "schema": 1,
-        "name": profile.name,
-        "inherits": profile.name,
-        "latency": {**fit.latency, "rows": len(rows), "command": command},
-    }
-    return head + yaml.safe_dump(dict(body), sort_keys=False, allow_unicode=True, width=120)
+    body: dict[str, Any] = {"schema": 1, "name": profile.name, "inherits": profile.name}
+    if not _is_shipped(profile):
+        body = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    body["latency"] = {**fit.latency, "rows": len(rows), "command": command}
+    return head + yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _is_shipped(profile: Profile) -> bool:
+    """Whether nothing but the latency differs from the shipped profile of its name."""
+    if profile.name not in list_profiles():
+        return False
+    shipped = load_profile(profile.name)
+    return profile.model_copy(update={"latency": shipped.latency}) == shipped

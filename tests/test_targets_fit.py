@@ -24,6 +24,7 @@ from fusepress.targets.fit import (
     fit_rows,
     leave_out,
     measured_rows,
+    overlay_text,
     read_measurements,
     refine,
 )
@@ -162,6 +163,19 @@ def test_measurements_of_ones_own_win_beside_the_recipe(measured: Path, capsys: 
     assert ours.low_ms < 2 * theirs.latency_ms < ours.high_ms
     assert run(["targets", "fit", str(measured)]) == 2
     assert "expected a new file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [ORIN.name, "my-board"])
+def test_a_board_of_ones_own_keeps_what_is_its_own(measured: Path, name: str) -> None:
+    mode = ORIN.mode().model_copy(update={"dram_gbps": 100.0})
+    changes = {"name": name, "power_modes": {**ORIN.power_modes, ORIN.default_mode: mode}, "declared": ()}
+    board = ORIN.model_copy(update=changes)
+    rows = measured_rows(read_measurements(measured), measured.parent, board)[:1]
+    path = measured.parent / "own.yaml"
+    path.write_text(overlay_text(board, refine(rows, board), "fit", rows))
+    found = load_profile(path)
+    assert found.latency is not None
+    assert found.model_copy(update={"latency": None}) == board
 
 
 def test_one_family_says_that_it_cannot_be_held_out(measured: Path) -> None:
