@@ -265,7 +265,7 @@ def measure_arrivals(
         rate_hz=rate_hz,
         latency=latency,
         deadline_ms=deadline_ms,
-        missed=None if late is None else _share(late.astype(np.float64)),
+        missed=None if late is None else _share(late.astype(np.float64), correlation_time(latencies)),
         kept_up=_kept_up(latencies, 1e3 / rate_hz),
     )
 
@@ -293,12 +293,15 @@ def _kept_up(latencies: Array, period_ms: float) -> bool:
     return bool(np.median(latencies[-tenth:]) - np.median(latencies[:tenth]) <= period_ms)
 
 
-def _share(late: Array) -> tuple[float, float, float]:
-    """Part of ones and its exact binomial interval, over as many as are independent."""
+def _share(late: Array, correlation: float) -> tuple[float, float, float]:
+    """Part of ones and its exact binomial interval, over as many as are independent.
+
+    Late ones may be few or none, which says nothing of how alike successive runs are: their latencies do.
+    """
     from scipy.stats import beta
 
     share = float(late.mean())
-    n = late.size / max(correlation_time(late), 1.0)
+    n = late.size / max(correlation, correlation_time(late), 1.0)
     hits = share * n
     low = float(beta.ppf(0.025, hits, n - hits + 1)) if hits > 0 else 0.0
     high = float(beta.ppf(0.975, hits + 1, n - hits)) if hits < n else 1.0

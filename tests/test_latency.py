@@ -103,7 +103,7 @@ class Worker(Turned):
     """A clock that waiting and work both turn."""
 
     def sleep(self, seconds: float) -> None:
-        self.now += int(seconds * 1e9)
+        self.now += round(seconds * 1e9)
 
 
 def test_arrivals_count_the_wait_for_the_one_before() -> None:
@@ -126,6 +126,21 @@ def test_arrivals_count_the_wait_for_the_one_before() -> None:
     assert value == 0.2
     assert low < 0.2 < high
     assert found.kept_up
+
+
+def test_no_late_arrival_says_less_where_successive_runs_are_alike() -> None:
+    def upper(times: np.ndarray) -> float:
+        clock = Worker()
+        run = clock.runner([5.0] * 16 + list(times))
+        found = measure_arrivals(run, 100.0, deadline_ms=9.9, max_seconds=4.0, clock=clock, sleep=clock.sleep)
+        assert found.missed is not None
+        assert found.missed[:2] == (0.0, 0.0)
+        return found.missed[2]
+
+    random = np.random.default_rng(0)
+    # none of 400: 1 - 0.025^(1/400)
+    assert upper(random.uniform(4.0, 6.0, 400)) == pytest.approx(0.00918, abs=2e-5)
+    assert upper(5.0 + np.clip(autoregressive(random, 400, 0.95), -3.0, 3.0)) > 0.05
 
 
 def test_work_that_comes_faster_than_it_ends_is_told() -> None:
