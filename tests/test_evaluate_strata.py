@@ -1,8 +1,10 @@
-"""Strata of the evaluation samples: the task's labels, in the order of the samples."""
+"""The evaluation samples: the task's labels in their order, and the same order for both models."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from fusepress.pipeline.errors import TaskError
 from fusepress.pipeline.evaluate import evaluate
-from fusepress.pipeline.stages.verify import MOST_STRATA, _rows_of_strata
+from fusepress.pipeline.stages.verify import MOST_STRATA, _check_paired, _rows_of_strata
 from fusepress.pipeline.task import Batch
 
 
@@ -64,3 +66,22 @@ def test_a_label_for_each_sample_is_expected() -> None:
 def test_labels_of_single_samples_are_no_strata() -> None:
     many: Any = SimpleNamespace(strata=tuple(str(i) for i in range(MOST_STRATA + 1)))
     assert _rows_of_strata(many) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sample_ids": ("s1", "s0", "s2", "s3", "s4", "s5")}, "got 's0', then 's1' at task.py:Labelled"),
+        ({"groups": ("a",) * 6}, "got other groups or another number"),
+        ({"sample_ids": ("s0",)}, "got other groups or another number"),
+    ],
+)
+def test_both_models_are_judged_on_the_same_samples_in_the_same_order(change: dict[str, Any], told: str) -> None:
+    task: Any = Labelled()
+    context: Any = SimpleNamespace(task=task)
+    dense = evaluate(task, predict, "eval")
+    _check_paired(context, dense, replace(dense, strata=()))
+    numbered: Any = (1,) * 6
+    _check_paired(context, replace(dense, groups=("1",) * 6), replace(dense, groups=numbered))  # read back, it is text
+    with pytest.raises(TaskError, match=re.escape(told)):
+        _check_paired(context, dense, replace(dense, **change))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusepress.pipeline.corrupt import corrupt, watched
 from fusepress.pipeline.distributed import is_main
-from fusepress.pipeline.errors import FusepressError
+from fusepress.pipeline.errors import FusepressError, TaskError
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Condition, Replicates, Stats, compare, save_replicates
@@ -61,6 +61,19 @@ def _rows_of_strata(evaluation: Evaluation) -> dict[str, list[int]]:
         logger.warning("strata are not judged one by one: %d of them, more than %d", len(rows), MOST_STRATA)
         return {}
     return rows
+
+
+def _check_paired(ctx: Context, dense: Evaluation, compressed: Evaluation) -> None:
+    """Row i of both must be the same sample: the gates take what the two have in common out of the drop."""
+    before, now = ([[str(name) for name in names] for names in (e.sample_ids, e.groups)] for e in (dense, compressed))
+    if before == now:
+        return
+    ids = zip(before[0], now[0], strict=False)
+    where = next((f"{one!r}, then {other!r}" for one, other in ids if one != other), "other groups or another number")
+    raise TaskError(
+        f"expected the same eval samples in the same order as when the dense model was evaluated; got {where} at "
+        f"{ctx.task.source.spec}; make batches('eval', 0) give the same order every time"
+    )
 
 
 def _write_references(ctx: Context, predict: Predict, path: Path) -> None:
@@ -115,6 +128,7 @@ class Verify:
         dense = self._dense_predict(ctx)
         clean = common.evaluate_with_progress(ctx, compressed, 0.0, 0.3)
         dense_clean = common.load_stats(ctx.artifacts["dense_stats"], ctx.task.score)
+        _check_paired(ctx, dense_clean, clean)
         pairs: Pairs = {CLEAN: (dense_clean, clean)}
         pairs |= self._failures(ctx, dense, compressed)
         constant = common.constant_metrics(ctx, dense) if len(pairs) > 1 else {}
