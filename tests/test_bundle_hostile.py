@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from fusepress.pipeline.bundling.make import make_bundle
 from fusepress.pipeline.bundling.manifest import (
     MANIFEST_JSON,
     MANIFEST_SHA256,
@@ -19,6 +20,7 @@ from fusepress.pipeline.bundling.manifest import (
     list_files,
 )
 from fusepress.pipeline.bundling.verify import Check, Verified, check_folder
+from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord
 from fusepress.pipeline.gates import Condition, Replicates, judge, overall, save_replicates
 from fusepress.pipeline.recipe import Recipe
@@ -166,6 +168,42 @@ def test_a_verdict_that_is_told_twice_is_found(tmp_path: Path) -> None:
     record = RunRecord.model_validate_json((tmp_path / "run.json").read_text())
     record.stages[0].verdicts *= 2
     assert _listed(tmp_path, record, Recipe.model_validate(RECIPE))["verdict"].status == "failed"
+
+
+def test_a_verdict_by_other_gates_than_the_recipes_is_not_bundled(tmp_path: Path) -> None:
+    """As `fusepress gate RUN -o gates.floors.m=0.5` leaves it where the recipe says 0.95: nobody is to sign that."""
+    run = tmp_path / "run"
+    run.mkdir()
+    _forge(run)
+    for name in (MANIFEST_JSON, MANIFEST_SHA256):
+        (run / name).unlink()
+    assert make_bundle(run).manifest.verdict == "PASS"
+    path = run / "recipe.json"
+    path.write_text(path.read_text().replace('"m":0.5', '"m":0.95'))
+    with pytest.raises(
+        StoreError, match=r"got others at floors\.m: judged again it is FAIL, run\.json says PASS; run `f"
+    ):
+        make_bundle(run)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"expected the resolved recipe; got .* at recipe\.json; run compress again"):
+        make_bundle(run)
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_failed_check(tmp_path: Path) -> None:
+    _forge(tmp_path)
+    (tmp_path / "run.json").rename(tmp_path / "x")
+    (tmp_path / "run.json").mkdir()
+    (tmp_path / "x").rename(tmp_path / "run.json/x")
+    manifest = Manifest(
+        fusepress="0", name="n", target="t", verdict="PASS", files=list_files({"run.json/x": tmp_path / "run.json/x"})
+    ).to_bytes()
+    for path in tmp_path.glob("*.*"):
+        if path.is_file():
+            path.unlink()
+    (tmp_path / MANIFEST_JSON).write_bytes(manifest)
+    (tmp_path / MANIFEST_SHA256).write_bytes(digest_line(manifest))
+    found = {check.name: check.status for check in check_folder(tmp_path, None).checks}
+    assert found == {"hashes": "ok", "signature": "not checked", "run record": "failed"}
 
 
 def test_what_a_bundle_says_of_itself_begins_no_line_of_its_own() -> None:

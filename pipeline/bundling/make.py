@@ -21,6 +21,7 @@ from fusepress.pipeline.bundling.manifest import (
     list_files,
 )
 from fusepress.pipeline.bundling.signature import fingerprint, load_private_key, sign
+from fusepress.pipeline.bundling.verify import check_verdict
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import RunRecord, read_run
 from fusepress.pipeline.store import sha256_tree
@@ -67,7 +68,8 @@ def make_bundle(
 
     Raises:
         UsageError: the run did not pass, or the key or a licence is none.
-        StoreError: the run is not finished, or its files are not those that it recorded.
+        StoreError: the run is not finished, or its files are not those that it recorded, or its verdict is not the one
+            that its own recipe's gates give.
     """
     record = read_run(run)
     if record.verdict is None or any(name not in record.artifacts for name in RELEASED):
@@ -82,6 +84,7 @@ def make_bundle(
     private = None if key is None else load_private_key(key)
     files = _run_files(run)
     _check_artifacts(record, run)
+    check_verdict(run, record)  # `gate -o` leaves a verdict that the recipe in the bundle does not give
     with tempfile.TemporaryDirectory(prefix="fusepress-") as scratch:
         made = Path(scratch)
         files |= _licence_files(licences, made)

@@ -138,7 +138,7 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
         return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
     try:
         record = read_run(folder)
-    except FusepressError as error:
+    except (FusepressError, OSError) as error:
         checks.append(Check("run record", "failed", str(error)))
         return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
     lacking = [name for name in RELEASED if name not in record.artifacts]
@@ -148,7 +148,7 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
         return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
     content: dict[str, Callable[[], Check]] = {
         "run record": lambda: _record(folder, manifest, record),
-        "verdict": lambda: _verdict(folder, record),
+        "verdict": lambda: check_verdict(folder, record),
         "onnx": lambda: _onnx(folder, manifest, record),
         "plan": lambda: _plan(folder, record),
     }
@@ -215,12 +215,26 @@ def _inside(folder: Path, record: RunRecord, name: str) -> Path:
 
 
 def bundled_recipe(folder: Path) -> Recipe:
-    """The bundled recipe, read as JSON alone: YAML could hold a small text that is a huge value."""
-    return Recipe.model_validate_json(read_limited(folder / "recipe.json"))
+    """The bundled recipe, read as JSON alone: YAML could hold a small text that is a huge value.
+
+    Raises:
+        StoreError: it is missing or no recipe.
+    """
+    path = folder / "recipe.json"
+    try:
+        return Recipe.model_validate_json(read_limited(path))
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"expected the resolved recipe; got {str(error).splitlines()[0]} at {path.name}; run compress again"
+        ) from error
 
 
-def _verdict(folder: Path, record: RunRecord) -> Check:
-    """Judge again from the stored replicates."""
+def check_verdict(folder: Path, record: RunRecord) -> Check:
+    """Judge a run folder or bundle again, from its stored replicates, by the gates of its own recipe.json.
+
+    Raises:
+        StoreError: that gives other verdicts than run.json tells.
+    """
     gates = bundled_recipe(folder).gates
     replicates = load_replicates(_inside(folder, record, "replicates"))
     baseline = load_baseline(folder / "baseline.json") if gates.release is not None else None
@@ -233,7 +247,8 @@ def _verdict(folder: Path, record: RunRecord) -> Check:
         differing = differing or ["the whole"]
         raise StoreError(
             f"expected the verdicts that the stored figures give; got others at {', '.join(differing[:SPOTS])}: judged "
-            f"again it is {verdict}, run.json says {record.verdict}; bundle the run again"
+            f"again it is {verdict}, run.json says {record.verdict}; run `fusepress gate RUN` "
+            "without -o before the run is bundled"
         )
     return Check("verdict", "ok", f"{verdict} again from the stored replicates: {why[:160]}")
 
