@@ -20,7 +20,7 @@ from fusepress.pipeline.graph.activations import called_layers
 from fusepress.pipeline.graph.apply import apply_plan
 from fusepress.pipeline.graph.groups import find_groups
 from fusepress.pipeline.graph.plan import PrunePlan
-from fusepress.pipeline.graph.regression import fit_layer, moments_with
+from fusepress.pipeline.graph.regression import Moments, fit_layer, moments_with
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.recovery.reconstruct import reconstruct
 from fusepress.pipeline.report.html import render
@@ -117,6 +117,14 @@ def test_other_positions_than_the_dense_models_are_refused(more: int, monkeypatc
     found = called_layers(model, {"input": torch.ones(8, 3)}, ["0.weight"])["0.weight"]
     with pytest.raises(StageError, match=rf"at the 8 positions .* at; got {8 + more}; set finetune"):
         moments_with(longer, found, wanted, target, torch.arange(2), [{"input": torch.ones(8, 3)}])
+
+
+def test_a_layer_that_saw_nothing_stays_as_it_is() -> None:
+    layer = nn.Linear(3, 2)
+    start = copy.deepcopy(layer.state_dict())
+    nothing = Moments.zeros(1, 2, 3, torch.device("cpu")).finish()
+    assert fit_layer(layer, nothing, 1e-3) == (0.0, 0.0)
+    assert all(torch.equal(value, start[name]) for name, value in layer.state_dict().items())
 
 
 # Networks
@@ -244,7 +252,9 @@ def test_features_that_are_not_finite_are_refused() -> None:
     model, task = dense_and_task(nan=True)
     plan = plan_of(model, dense_and_task()[1], 4)
     student = apply_plan(copy.deepcopy(model), plan)
-    with pytest.raises(StageError, match="expected finite features to reconstruct from; got NaN or infinity"):
+    with pytest.raises(
+        StageError, match=r"expected finite features .*; got NaN or infinity at .* of \w+\.[\w.]+; check"
+    ):
         reconstruct(student, model, plan, task, 8, 0)
 
 

@@ -146,13 +146,14 @@ def _output_rows(module: nn.Module, output: Tensor, rows: Tensor, groups: int) -
     return whole[:, rows].movedim(1, -1).reshape(-1, groups, len(rows) // groups)
 
 
-def fit_layer(module: nn.Module, moments: Moments, damping: float) -> tuple[float, float]:
-    """Give a layer the weights (and bias) of least squares, in place.
+def fit_layer(module: nn.Module, moments: Moments, damping: float, name: str = "a layer") -> tuple[float, float]:
+    """Give a layer the weights (and bias) of least squares, in place; one that saw no position stays as it is.
 
     Args:
         module: a convolution or a linear layer.
         moments: of its inputs with the wanted outputs.
         damping: d, in mean diagonal entries of G.
+        name: for messages.
 
     Returns:
         E |W x + b - y|^2 over the variance of y (over E y^2 without a bias), before and after.
@@ -163,9 +164,11 @@ def fit_layer(module: nn.Module, moments: Moments, damping: float) -> tuple[floa
     assert isinstance(module, _ConvNd | nn.Linear)
     if not bool(moments.xx.isfinite().all() and moments.yx.isfinite().all()):
         raise StageError(
-            "expected finite features to reconstruct from; got NaN or infinity at the inputs or outputs of a layer; "
-            "check the calibration data and the checkpoint for NaN"
+            f"expected finite features to reconstruct from; got NaN or infinity at the inputs or outputs of {name}; "
+            "check the training data and the checkpoint for NaN"
         )
+    if moments.positions == 0:
+        return 0.0, 0.0
     groups = module.groups if isinstance(module, _ConvNd) else 1
     start = module.weight.detach().to(torch.float64)
     (old_GRK,) = matrices(start, groups)

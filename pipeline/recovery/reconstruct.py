@@ -92,7 +92,7 @@ def reconstruct(
             target = dense.get_submodule(path)
             rows = _kept(target, removed.get((layer.param, 0), []))
             moments = moments_with(student, layer, dense, target, rows, batches)
-            before, after = fit_layer(student.get_submodule(path), moments, damping)
+            before, after = fit_layer(student.get_submodule(path), moments, damping, path)
             fitted.append(Fitted(layer=path, before=before, after=after))
     return fitted
 
