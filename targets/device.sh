@@ -258,7 +258,8 @@ set_power() { # CLOCKS MODE
     : >"$base/power/armed" # what is changed from here on is put back, by the next call too
   fi
   printf '%s\n' "$dir" >"$base/power/job"
-  if [ "$2" != - ]; then privileged nvpmodel -m "$2" >/dev/null 2>&1; fi
+  # a mode that cannot be read could not be put back
+  if [ "$2" != - ] && [ -s "$base/power/mode" ]; then privileged nvpmodel -m "$2" >/dev/null 2>&1; fi
   if [ "$1" = 1 ] && [ -e "$base/power/clocks" ]; then privileged jetson_clocks >/dev/null 2>&1 && : >"$dir/locked"; fi
   return 0
 }

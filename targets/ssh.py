@@ -26,6 +26,7 @@ FOLDER = ".cache/fusepress"
 CALL_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 15
 CHUNK_BYTES = 4 << 20
+LOSSES = 5  # connections that one call may lose: each is made again, and something may end them all
 SSH_FAILED = 255
 MARK = b"== fusepress\n"  # our program's first line; what a login shell prints comes before it
 USAGE, OTHER_HASH, MISSING, UNRESTORED, CANNOT_WRITE, BUSY = 64, 65, 69, 70, 73, 75
@@ -258,13 +259,24 @@ class SshDevice:
 
         Raises:
             CallFailed: it ended with an exit code.
-            DeviceError: the device cannot be reached any more.
+            DeviceError: the device cannot be reached any more, or gives no answer.
         """
+        losses = 0
         while True:
             try:
                 return self._verb(verb, *arguments, timeout_s=timeout_s).decode(errors="replace")
-            except ConnectionLost:
-                self._reconnect()
+            except ConnectionLost as error:
+                losses += 1
+                self._again(verb, losses, error)
+
+    def _again(self, verb: str, losses: int, error: ConnectionLost) -> None:
+        """Connect once more, unless one thing was tried often enough."""
+        if losses >= LOSSES:
+            raise DeviceError(
+                f"expected an answer to {verb!r} from {self.host}; got none over {losses} connections ({error}); does "
+                f"`ssh {self.host} echo yes` work by hand? Then run the same command again: finished phases are kept"
+            ) from error
+        self._reconnect()
 
     def _verb(self, verb: str, *arguments: str, stdin: bytes = b"", timeout_s: float = CALL_TIMEOUT_S) -> bytes:
         _, mark, out = self._ssh(["sh", self._script, verb, *arguments], stdin=stdin, timeout_s=timeout_s).partition(
@@ -305,7 +317,7 @@ class SshDevice:
 
     def _send(self, path: Path, name: str, there: int, progress: Callable[[float], None] | None) -> None:
         """Append what is missing; more than there should be is of something else, as the hash will say."""
-        total = path.stat().st_size
+        total, losses = path.stat().st_size, 0
         with path.open("rb") as file:
             while there < total or total == 0:
                 file.seek(there)
@@ -314,9 +326,10 @@ class SshDevice:
                     progress(there / max(total, 1))
                 try:
                     self._verb("append", name, stdin=chunk)
-                    there += len(chunk)
-                except ConnectionLost:
-                    self._reconnect()
+                    there, losses = there + len(chunk), 0
+                except ConnectionLost as error:
+                    losses += 1
+                    self._again("append", losses, error)
                     there = int(self.call("have", name).split()[1])
                 except CallFailed as error:
                     raise self._no_room(name, error) from error

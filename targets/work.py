@@ -65,7 +65,6 @@ class Traffic:
         element_bytes: bytes of one of its elements there.
         kernel: kernel of each touch.
         partner: touch that it shares the data with, -1 where there is none.
-        smooth: whether it computes an activation with exponentials (SiLU, GELU) on what it writes.
         launches: kernels that each entry of the network stands for [K].
     """
 

@@ -276,6 +276,26 @@ def test_a_power_mode_that_does_not_come_leaves_nothing_that_says_it_did(
     assert clean(double, ("2", "free"))
 
 
+def test_a_power_mode_that_cannot_be_read_is_not_changed(server: Server, double: DeviceDouble) -> None:
+    """For it could not be put back."""
+    query = double.folder / "bin" / "nvpmodel"
+    query.write_text(query.read_text().replace("-q)", "-q) exit 1 ;;\n-Q)"))
+    double.write("mode", "2\n")
+    with connect(server) as device:
+        assert device.run_job("runs/a/job", ["true"], work="runs/a/out", limit_s=60, mode_id="0") == 0
+    assert double.state == ("2", "free")
+    assert "mode" not in double.read("power.log")
+
+
+def test_a_host_that_never_answers_is_given_up(server: Server, double: DeviceDouble) -> None:
+    double.program("sh", "#!/bin/sh\nexit 0\n")
+    message = (
+        r"expected an answer to 'probe' from double; got none over 5 connections \(the answer was cut short\); does"
+    )
+    with connect(server) as device, pytest.raises(DeviceError, match=message):
+        probe_device(device)
+
+
 def test_a_failing_build_says_why_and_is_tried_again(server: Server, double: DeviceDouble, order: EngineOrder) -> None:
     double.write("fail-build", formats.LOG_10_3_FAILED)
     with connect(server) as device:
