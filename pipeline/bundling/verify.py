@@ -312,7 +312,7 @@ def _plan(folder: Path, record: RunRecord) -> Check:
 
 
 def _masks(folder: Path, record: RunRecord) -> Check:
-    """Masked weights are zero, and a 2:4 file has as many layers of that pattern as it was released with."""
+    """Masked weights are zero, and a 2:4 release has layers of that pattern."""
     from safetensors.numpy import load_file
 
     if "masks" not in record.artifacts:
@@ -378,6 +378,8 @@ def _beyond(record: RunRecord) -> tuple[str, ...]:
     notes = [
         "that the figures are of the data they name: neither data nor task are in the bundle (see reproduce)",
         "latencies, which belong to the machine they were measured or predicted for",
+        "figures that no gate reads, and reports: hashed here, not compared with the replicates",
+        "that the released ONNX was exported from the checkpoint beside it (see reproduce)",
     ]
     if "engine" in record.artifacts:
         notes.append("the engine: it is compiled code, hashed here and not loaded")
