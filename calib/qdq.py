@@ -143,7 +143,7 @@ class QdqGraph:
         named: dict[str, list[str]] = {}
         for tensor in self.activations():
             named.setdefault(self.scales[tensor][0], []).append(tensor)
-        return _joined([*named.values(), *(self.merged(node) for node in self.proto.graph.node)])
+        return _joined([*(self.merged(node) for node in self.proto.graph.node), *named.values()])
 
     def scale(self, tensor: str) -> float:
         """The scale of a quantised activation."""
@@ -173,9 +173,9 @@ class QdqGraph:
         The largest one, so that nothing saturates. TensorRT then merges in INT8 without rescaling either side.
 
         Returns:
-            The groups of tensors that share a scale; groups with a tensor in common are one.
+            The groups of tensors that share a scale; groups with a tensor, or the name of a scale, in common are one.
         """
-        groups = _joined(group for node in self.proto.graph.node if len(group := self.merged(node)) > 1)
+        groups = [group for group in self.scale_groups() if len(group) > 1]
         for group in groups:
             largest = max(self.scale(tensor) for tensor in group)
             self.set_limits(dict.fromkeys(group, largest * GRID_MAX[self.grid]))

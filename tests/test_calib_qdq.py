@@ -78,6 +78,19 @@ def test_merged_tensors_of_two_modalities_get_the_largest_scale() -> None:
     assert graph.share_scales() == [["camera_sum", "lidar_a", "both"]]
 
 
+def test_merges_that_meet_in_the_name_of_a_scale_get_one() -> None:
+    g = Graph()
+    pairs = {name: g.pair(name, scale) for name, scale in {"a": 0.01, "b": 0.01, "c": 0.02, "d": 0.03}.items()}
+    for node in g.nodes:
+        node.input[1] = "a_scale" if node.input[1] == "b_scale" else node.input[1]
+    outputs = [g.node("Concat", [pairs[one], pairs[two]], one + two, axis=1) for one, two in ("ac", "bd")]
+    proto = g.model(dict.fromkeys("abcd", 2), dict.fromkeys(outputs, 4))
+    graph = QdqGraph(proto)
+    assert [sorted(group) for group in graph.share_scales()] == [["a", "b", "c", "d"]]
+    assert [graph.scale(name) for name in "abcd"] == pytest.approx([0.03] * 4)
+    assert broken_rules(proto) == []
+
+
 def test_limits_reach_every_pair_of_a_tensor() -> None:
     proto = fusion()
     QdqGraph(proto).set_limits({"camera_a": 6.35})
