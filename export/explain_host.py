@@ -8,8 +8,9 @@ the conversions come on top.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fusepress.export.explain import LARGE_SHARE, LEAST_SHARE, Explanation, Finding
 from fusepress.export.node_times import NodeTime, node_times
@@ -23,6 +24,7 @@ from fusepress.pipeline.store import sha256_file
 from fusepress.targets.measure import measure_latency
 from fusepress.targets.profile import Profile
 
+QUANTISED = ("int8", "fp8")
 SECONDS = 2.0  # for the latency, besides the profile
 CONVERSION_ADVICE = "quantise the layers on both sides of it, or leave both in floating point (quantize.exclude)"
 FLOATING_ADVICE = "leave it in floating point (quantize.exclude): without its conversions it is faster"
@@ -50,10 +52,10 @@ def explain_on_host(
     nodes = node_times(path, threads=threads)
     total = sum(node.ms for node in nodes)
     proto = load_onnx(path)
-    quantised = any(node.op_type in QDQ for node in proto.graph.node)
+    precisions = precision_map(path)
     found: list[Finding] = []
-    if quantised:
-        found += _floating(nodes, precision_map(path), unsigned_candidates(proto))
+    if any(node.op_type in QDQ for node in proto.graph.node):
+        found += _floating(nodes, precisions, unsigned_candidates(proto))
         found += _conversions(nodes)
     found += _others(nodes, total)
     kept = [finding for finding in found if finding.gain_ms >= LEAST_SHARE * total]
@@ -62,7 +64,7 @@ def explain_on_host(
         onnx_sha256=sha256_file(path),
         target=profile.name,
         power_mode=profile.default_mode,
-        precision="int8" if quantised else "fp32",
+        precision=_precision(proto, precisions),
         latency_ms=measured.mean_ms,
         low_ms=measured.mean_low_ms,
         high_ms=measured.mean_high_ms,
@@ -75,10 +77,16 @@ def explain_on_host(
     )
 
 
-def _floating(nodes: Sequence[NodeTime], precisions: dict[str, str], unsigned: frozenset[str]) -> Iterator[Finding]:
+def _precision(proto: Any, precisions: Mapping[str, str]) -> str:
+    """What the file is in: the grid of its Q/DQ, else FP16 where any node computes in it."""
+    pairs = {precisions[node.name] for node in proto.graph.node if node.op_type in QDQ}
+    return next((name for name in QUANTISED if name in pairs), "fp16" if "fp16" in precisions.values() else "fp32")
+
+
+def _floating(nodes: Sequence[NodeTime], precisions: Mapping[str, str], unsigned: frozenset[str]) -> Iterator[Finding]:
     """Layers that the file has Q/DQ for, and that run in floating point."""
     for node in nodes:
-        if node.kind == "floating" and precisions.get(node.name) == "int8":
+        if node.kind == "floating" and precisions.get(node.name) in QUANTISED:
             yield Finding(
                 kind="stayed floating",
                 where=node.name,

@@ -116,6 +116,20 @@ def test_a_float_file_has_no_layers_to_blame_but_its_large_operators(tmp_path: P
     assert found.findings[0].where == "exp"
 
 
+def test_a_file_is_in_the_precision_that_it_has(tmp_path: Path) -> None:
+    half, low = Graph(half=True), Graph(19)
+    half.output(half.conv(half.input("x", SHAPE), (16, 16), "a", size=1))
+    assert explain_on_host(half.save(tmp_path / "half.onnx"), HOST, threads=1, seconds=0.1).precision == "fp16"
+    zero = np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN))
+    x = low.quantized(low.input("x", SHAPE), "in", zero=zero)
+    weight = low.constant("weight", np.ones((16, 16, 1, 1), np.float32))
+    low.output(low.add("Conv", x, low.quantized(weight, "w", zero=zero), name="a"))
+    found = explain_on_host(low.save(tmp_path / "fp8.onnx"), HOST, threads=1, seconds=0.1)
+    assert found.precision == "fp8"
+    kinds = [f.kind for f in found.findings]
+    assert kinds.count("stayed floating") + found.small.get("stayed floating", 0) == 1  # it may be too quick to be told
+
+
 def test_the_command_profiles_here_and_refuses_lists_of_engines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
