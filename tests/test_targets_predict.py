@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -592,6 +594,18 @@ def test_committed_errors_follow_from_the_committed_rows() -> None:
         device = np.asarray([row["device_held_out_ms"] / row["published_ms"] for row in rows])
         assert np.abs(family - 1).mean() == pytest.approx(part["leave_one_family_out"]["all"]["mape"], abs=1e-3)
         assert np.abs(device - 1).mean() == pytest.approx(part["leave_one_device_out"]["all"]["mape"], abs=1e-3)
+
+
+def test_the_committed_table_is_that_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))  # `benchmarks` is a folder of the checkout, not of the installed package
+    validate = importlib.import_module("benchmarks.latency.validate")
+    result = json.loads(RESULT.read_text())
+    sets = {name: SimpleNamespace(report=part) for name, part in result["sets"].items()}
+    text = validate.summary(sets, result["rows_not_used"])
+    assert RESULT.with_suffix(".md").read_text() == text
+    # a set whose interval does not hold what it promises is named
+    assert "of the set general 83.7%, which is not compatible with 90 %" in text
+    assert "of the set orin" not in text
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the published latencies are not beside the repository")
