@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from fusepress.pipeline.bundling.manifest import (
     digest_line,
     list_files,
 )
+from fusepress.pipeline.bundling.reproduce import reproduce_bundle
 from fusepress.pipeline.bundling.verify import Check, Verified, check_folder
 from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord
@@ -142,6 +144,9 @@ def test_weights_outside_are_found_wherever_they_are_named(tmp_path: Path, place
     found = _forge(tmp_path, model=model)
     assert "expected weights within the file; got 'w' outside of it" in found["onnx"].why
     assert found["parity"].status == "not checked"
+    nothing: Any = None
+    with pytest.raises(StoreError, match="expected weights within the file"):
+        reproduce_bundle(tmp_path, nothing)  # nor do its stages
 
 
 def test_a_run_without_references_is_refused(tmp_path: Path) -> None:

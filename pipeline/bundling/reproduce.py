@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fusepress.pipeline.bundling.manifest import faults, read_manifest
-from fusepress.pipeline.bundling.verify import bundled_recipe, open_bundle
+from fusepress.pipeline.bundling.verify import bundled_recipe, check_onnx, guarded, open_bundle
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Measurement, RunRecord, StageRecord, read_run
 from fusepress.pipeline.store import sha256_tree
@@ -61,11 +61,15 @@ def reproduce_bundle(bundle: Path, ctx: Context) -> list[Reproduced]:
 
     with tempfile.TemporaryDirectory(prefix="fusepress-") as scratch:
         folder = open_bundle(bundle, Path(scratch))
-        wrong = faults(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        wrong = faults(folder, manifest)
         if wrong:
             name, reason = next(iter(wrong.items()))
             raise StoreError(f"expected the files of the manifest; got others at {name}: {reason}; verify the bundle")
         record = read_run(folder)
+        whole = guarded("onnx", lambda: check_onnx(folder, manifest, record))  # the stages would follow a path in it
+        if whole.status != "ok":
+            raise StoreError(f"{whole.why}; verify the bundle")
         check_same_inputs(folder, record, ctx)
         return [_again(ctx, stage, record, folder, Path(scratch)) for stage in STAGES]
 

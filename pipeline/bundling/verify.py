@@ -133,7 +133,7 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
     except StoreError as error:
         return Verified(name=folder.name, verdict="unknown", checks=(Check("manifest", "failed", str(error)),))
     wrong = faults(folder, manifest)
-    checks = [_hashes(manifest, wrong), _guarded("signature", lambda: _signature(folder, manifest, trusted))]
+    checks = [_hashes(manifest, wrong), guarded("signature", lambda: _signature(folder, manifest, trusted))]
     if wrong:
         return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
     try:
@@ -149,16 +149,16 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
     content: dict[str, Callable[[], Check]] = {
         "run record": lambda: _record(folder, manifest, record),
         "verdict": lambda: check_verdict(folder, record),
-        "onnx": lambda: _onnx(folder, manifest, record),
+        "onnx": lambda: check_onnx(folder, manifest, record),
         "plan": lambda: _plan(folder, record),
     }
-    checks += [_guarded(name, check) for name, check in content.items()]
+    checks += [guarded(name, check) for name, check in content.items()]
     refused = any(check.name == "onnx" and check.status != "ok" for check in checks)
     for name, reader in {"masks": _masks, "parity": _parity}.items():
         if refused:  # its readers follow paths that the check looks for
             checks.append(Check(name, "not checked", "an ONNX file that fails its check is not opened again"))
         else:
-            checks.append(_guarded(name, partial(reader, folder, record)))
+            checks.append(guarded(name, partial(reader, folder, record)))
     return Verified(
         name=manifest.name,
         verdict=manifest.verdict,
@@ -167,7 +167,7 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
     )
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def guarded(name: str, check: Callable[[], Check]) -> Check:
     """A check that meets what it did not expect has failed: a bundle may hold anything."""
     try:
         return check()
@@ -261,8 +261,12 @@ def _differ(told: Verdict | None, found: Verdict | None) -> bool:
     return any(a != b if None in (a, b) else not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
 
 
-def _onnx(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
-    """Every ONNX file, and the released one whatever its name is."""
+def check_onnx(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
+    """Every ONNX file, and the released one whatever its name is.
+
+    Raises:
+        StoreError: a file has weights outside of it; the checker raises errors of its own.
+    """
     import onnx
 
     released = _inside(folder, record, "onnx").resolve().relative_to(folder.resolve()).as_posix()
@@ -272,7 +276,9 @@ def _onnx(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
         tensors = [m for m in _messages(proto) if isinstance(m, onnx.TensorProto)]
         outside = [t.name for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL or t.external_data]
         if outside:
-            raise StoreError(f"expected weights within the file; got {outside[0]!r} outside of it at {name}")
+            raise StoreError(
+                f"expected weights within the file; got {outside[0]!r} outside of it at {name}; do not use it"
+            )
         onnx.checker.check_model(proto, full_check=True)
     return Check("onnx", "ok", f"{len(files)} files pass the ONNX checker with shape inference")
 
