@@ -92,7 +92,8 @@ class ForkServer:
             BrokenPipeError: the server ended, as where an import fails.
         """
         assert self._process.stdin is not None
-        order = {"module": module, "job": job, "log": str(log), "environment": dict(environment)}
+        order = {"module": module, "job": job, "log": str(log.resolve()), "environment": dict(environment)}
+        order["folder"] = str(Path.cwd())  # the server's own is where it was started, which may be gone
         try:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
@@ -234,6 +235,7 @@ def _run(order: dict[str, Any]) -> None:
         sys.stdin = io.StringIO(order["job"])
         os.environ.clear()
         os.environ.update(order["environment"])
+        os.chdir(order["folder"])
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as error:

@@ -33,7 +33,8 @@ if job["say"] == "crash":
 if job["say"] == "sleep":
     time.sleep(60)
 answer(job, {"state": slow_library.state, "imported_by": slow_library.imported_by, "pid": os.getpid(),
-             "marker": os.environ.get("MARKER"), "hash": hash("fusepress")})
+             "marker": os.environ.get("MARKER"), "hash": hash("fusepress"),
+             "folder": os.getcwd()})
 """
 
 
@@ -57,6 +58,7 @@ def job(folder: Path, say: str, timeout_s: float = 60) -> tuple[Outcome, dict[st
 def test_every_job_begins_as_the_imports_left_it(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, first = job(work, "a")
     monkeypatch.setenv("MARKER", "new")
+    monkeypatch.chdir(work)
     outcome, second = job(work, "b")
     assert first is not None
     assert second is not None
@@ -64,6 +66,7 @@ def test_every_job_begins_as_the_imports_left_it(work: Path, monkeypatch: pytest
     assert first["imported_by"] == second["imported_by"] != os.getpid()
     assert first["pid"] != second["pid"]
     assert (first["marker"], second["marker"]) == (None, "new")
+    assert first["folder"] != second["folder"] == str(work)
     assert (outcome.code, outcome.tail) == (0, "from the job")
     spawned = run_job("forked_job", {"say": "c"}, log=work / "log", timeout_s=60)[1]
     assert spawned is not None
