@@ -38,6 +38,7 @@ def _number(value: float | None) -> str:
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """The table of gates on standard output, and below it why a gate did not pass."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -46,7 +47,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     for v in verdicts:
         interval = f"{_number(v.low)} to {_number(v.high)}" if v.low is not None or v.high is not None else "-"
         style = STYLE[v.verdict]
-        table.add_row(v.gate, f"[{style}]{v.verdict}[/{style}]", _number(v.limit), _number(v.value), interval)
+        table.add_row(escape(v.gate), f"[{style}]{v.verdict}[/{style}]", _number(v.limit), _number(v.value), interval)
     console = _console()
     console.print(table)
     for v in verdicts:
@@ -84,6 +85,7 @@ def _first_sentence(why: str) -> str:
 def print_compared(rows: Sequence[Compared]) -> None:
     """The table of runs; below it, which run is beaten by which."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -105,7 +107,7 @@ def print_compared(rows: Sequence[Compared]) -> None:
         worst = "-" if row.worst_failure is None else f"{row.worst_failure[0]} {_number(row.worst_failure[1])}"
         macs = None if row.macs is None else row.macs / 1e6
         figures = (_figure(row.accuracy), _figure(row.latency), _number(macs), _number(row.size_mib), worst)
-        table.add_row(star, row.name, row.target, row.precision or "-", row.verdict or "-", *figures)
+        table.add_row(star, escape(row.name), escape(row.target), row.precision or "-", row.verdict or "-", *figures)
     console = _console()
     console.print(table)
     for row in rows:

@@ -24,6 +24,7 @@ from fusepress.pipeline.gates import (
 )
 from fusepress.pipeline.recipe import GatesConfig, Recipe, ReleaseGate
 from fusepress.pipeline.store import atomic_write_text
+from fusepress.pipeline.text import print_verdicts
 
 ONNX = "a" * 64
 
@@ -244,3 +245,9 @@ def test_a_release_needs_a_file_to_be_stored_in(tmp_path: Path) -> None:
     path, changes = update_baseline(folder, tmp_path / "other.json")
     assert path.exists()
     assert changes
+
+
+def test_a_label_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Strata are the task's words; `[/night]` would end a style that was never begun."""
+    print_verdicts([Verdict(gate="floors.miou@[/night]", verdict="PASS", why="w")])
+    assert "floors.miou@[/night]" in capsys.readouterr().out
