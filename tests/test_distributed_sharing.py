@@ -222,7 +222,7 @@ def test_both_ranks_find_the_same_bit_for_bit(together: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("case", ["float32 1", "float32 3", "float64 1", "float64 3"])
-def test_two_processes_score_as_one_bit_for_bit(
+def test_two_processes_score_as_one_bit_for_bit_but_for_the_order_of_grasps_halves(
     alone: dict[str, Any], together: list[dict[str, Any]], case: str
 ) -> None:
     one, two = alone["scores"][case], together[0]["scores"][case]
@@ -230,7 +230,13 @@ def test_two_processes_score_as_one_bit_for_bit(
     assert one["losses"] == two["losses"]
     assert one["values"].keys() == two["values"].keys()
     for method, scores in one["values"].items():
-        assert scores == two["values"][method], method
+        if method == "grasp":  # one process adds each half of a batch's H g to the sum, two add up the batches
+            apart = {"float32": 1e-5, "float64": 1e-10}[case.split()[0]]
+            for key, values in scores.items():
+                largest = max(map(abs, values))
+                assert two["values"][method][key] == pytest.approx(values, rel=0.0, abs=apart * largest), key
+        else:
+            assert scores == two["values"][method], method
         assert any(max(map(abs, values)) > 0 for values in scores.values())
 
 

@@ -144,13 +144,19 @@ def test_gate_judges_again_without_running_a_stage(project: Path, override: str,
 
 
 def test_measure_adds_to_the_run_and_judges_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["measure", str(project / "runs/first"), "--seconds", "1", "--budget", "mean_ms=10000", "--json"]) == 0
-    measured = json.loads(capsys.readouterr().out)["measurements"]["mean_ms"]
-    assert measured["kind"] == "measured"
+    def measured(what: Path, budget: str, expected: int) -> dict[str, Any]:
+        code = run(["measure", str(what), "--seconds", "1", "--budget", budget, "--json"])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["measurements"]["mean_ms"]
+        # beside other work the figures may be too unstable to decide anything
+        assert code == (4 if "unstable" in (found["note"] or "") else expected)
+        return found
+
+    row = measured(project / "runs/first", "mean_ms=10000", 0)
+    assert row["kind"] == "measured"
     stored = [m for m in read_run(project / "runs/first").stage("verify").measurements if m.name == "latency.mean_ms"]  # type: ignore[union-attr]
-    assert [m.value for m in stored if m.kind == "measured"] == [pytest.approx(measured["value"])]
+    assert [m.value for m in stored if m.kind == "measured"] == [pytest.approx(row["value"])]
     onnx = project / "runs/first" / read_run(project / "runs/first").artifacts["onnx"].path
-    assert run(["measure", str(onnx), "--seconds", "1", "--budget", "mean_ms=0.000001", "--json"]) == 3
+    measured(onnx, "mean_ms=0.000001", 3)
 
 
 def test_plan_says_what_is_cached_frozen_and_reachable(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

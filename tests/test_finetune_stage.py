@@ -96,7 +96,8 @@ def test_the_number_format_that_auto_means_is_in_the_key(
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_seed_is_in_the_key_of_every_stage_that_draws_or_resamples(project: Path, stage: Stage) -> None:
-    section = ("score.method=magnitude", "prune={macs: 0.7}", "sparsify={steps: 4}", "quantize={precision: int8}")
+    training = ("sparsify={steps: 4}", "qat={steps: 4}", "quantize={precision: int8}")
+    section = ("score.method=magnitude", "prune={macs: 0.7}", *training)
     keys = {content_key(stage.key_parts(context(project, *section, f"seed={seed}"))) for seed in (0, 1)}
     assert len(keys) == (1 if stage.name == "build" else 2)  # an engine is made of the ONNX file alone
 

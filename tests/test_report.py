@@ -368,7 +368,7 @@ def test_the_verdict_and_why_come_first() -> None:
     assert "99th percentile of latency: missing, at most 3 ms" in words
     words = check_page(render(SAMPLES["inconclusive"](), Path())).words
     assert "2 of 2 gates inconclusive" in words
-    assert "more samples would decide it" in words
+    assert "more samples (481 clusters) would decide it with 80% probability" in words
 
 
 def test_a_passed_page_names_what_may_be_released() -> None:
