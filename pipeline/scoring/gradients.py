@@ -2,7 +2,8 @@
 
 Where several processes share a run, each holds its share of the batches (number i belongs to rank i mod world), and
 what is returned is that of all, bit for bit as in one process: gradients are added up batch after batch in their
-order. (Hessian products of single weights are so to rounding: one process adds up halves of batches, `curvature`.) Optimiser steps follow one another, and so every rank makes all of them, on the whole batches.
+order. (Hessian products of single weights are so to rounding: one process adds up halves of batches, `curvature`.)
+Optimiser steps follow one another, and so every rank makes all of them, on the whole batches.
 """
 
 from __future__ import annotations
