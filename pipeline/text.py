@@ -42,7 +42,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("gate", "verdict", "limit", "value", "95 % interval"):
+    for column in ("gate", "verdict", "limit", "value", "interval"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("gate", "verdict") else "right")
     for v in verdicts:
         interval = f"{_number(v.low)} to {_number(v.high)}" if v.low is not None or v.high is not None else "-"

@@ -99,7 +99,7 @@ def test_many_findings_are_cut_and_small_ones_are_counted() -> None:
     assert (len(view.rows), view.more, view.small) == (20, 2, "3 depthwise")
     assert view.rows[0].share == "5.0 %"
     assert view.basis == (
-        "Gains are predicted, against 2.00 ms predicted (95 % interval 1.00 to 4.00, extrapolating), "
+        "Gains are predicted, against 2.00 ms predicted (90 % interval 1.00 to 4.00, extrapolating), "
         "from the ONNX graph alone."
     )
 

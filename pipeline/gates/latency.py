@@ -20,6 +20,8 @@ from fusepress.pipeline.gates.verdicts import (
 )
 from fusepress.pipeline.recipe import LatencyGate
 
+PREDICTED_PERCENT = 90  # of the predictor's intervals; every other one is of 95 %
+
 
 def judge_latency(record: RunRecord, gate: LatencyGate) -> list[Finding]:
     """One finding for each limit of the gate."""
@@ -42,18 +44,16 @@ def _judge_one(record: RunRecord, name: str, limit: float, kinds: Sequence[str])
     if found is None:
         why = f"the {chosen.kind} latency {shown(chosen.value)} ms has no interval, so it cannot decide; measure again"
         return Finding(Verdict(gate=name, verdict="INCONCLUSIVE", limit=limit, value=chosen.value, why=why))
+    told = spread(found, " ms", percent=PREDICTED_PERCENT if chosen.kind == "predicted" else 95)
     where = f"{chosen.kind} for {_place(chosen.device, chosen.power_mode, chosen.precision)}"
     if _doubtful(record, chosen):
-        why = f"latency {spread(found, ' ms')}, {where}, cannot be trusted ({chosen.note}); measure again"
+        why = f"latency {told}, {where}, cannot be trusted ({chosen.note}); measure again"
         return tell(name, "INCONCLUSIVE", limit, found, why)
     if chosen.extrapolating:
-        why = (
-            f"latency {spread(found, ' ms')}, {where}, extrapolates beyond what the predictor was validated on; "
-            "measure on the device"
-        )
+        why = f"latency {told}, {where}, extrapolates beyond what the predictor was validated on; measure on the device"
         return tell(name, "INCONCLUSIVE", limit, found, why)
     says = decide(found, limit)
-    why = f"latency {spread(found, ' ms')}, {where}, is {RELATION[says]} {shown(limit)} ms"
+    why = f"latency {told}, {where}, is {RELATION[says]} {shown(limit)} ms"
     if says == "INCONCLUSIVE":
         why += _what_decides(chosen, found, limit)
     return tell(name, says, limit, found, why, p=found.p_within(limit))

@@ -119,6 +119,6 @@ def shown(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 5e-7 else "0"
 
 
-def spread(found: Interval, unit: str = "") -> str:
+def spread(found: Interval, unit: str = "", *, percent: int = 95) -> str:
     """A value with its interval."""
-    return f"{shown(found.value)}{unit} (95 % interval {shown(found.low)} to {shown(found.high)})"
+    return f"{shown(found.value)}{unit} ({percent} % interval {shown(found.low)} to {shown(found.high)})"

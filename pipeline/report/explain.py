@@ -80,7 +80,7 @@ def _measured_basis(found: Mapping[str, Any]) -> str:
 
 def _predicted_basis(found: Mapping[str, Any]) -> str:
     latency_ms = float(found["latency_ms"])
-    interval = f"95 % interval {three(found['low_ms'])} to {three(found['high_ms'])}"
+    interval = f"90 % interval {three(found['low_ms'])} to {three(found['high_ms'])}"
     flag = ", extrapolating" if found["extrapolating"] else ""
     read = f"the builder's list of {found['layers']} layers" if found["layers"] else "the ONNX graph alone"
     basis = f"Gains are predicted, against {three(latency_ms)} ms predicted ({interval}{flag}), from {read}."

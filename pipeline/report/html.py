@@ -165,7 +165,7 @@ def _gate_picture(row: view.GateRow) -> Markup | None:
     verdict = row.verdict
     if verdict.value is None or verdict.limit is None:
         return None
-    spread = f", 95 % interval {row.spread}" if row.spread else ""
+    spread = f", interval {row.spread}" if row.spread else ""
     return charts.gate_chart(
         value=verdict.value,
         low=verdict.low,

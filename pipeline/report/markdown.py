@@ -60,7 +60,7 @@ def _gates(record: RunRecord) -> str:
         ]
         for row in view.gate_rows(record)
     ]
-    return _table(["Verdict", "Gate", "Value (95 % interval)", "Limit", "Evidence", "Why"], rows)
+    return _table(["Verdict", "Gate", "Value (95 % interval, predicted 90 %)", "Limit", "Evidence", "Why"], rows)
 
 
 def _figures(record: RunRecord) -> str:
