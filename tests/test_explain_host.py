@@ -113,7 +113,9 @@ def test_a_float_file_has_no_layers_to_blame_but_its_large_operators(tmp_path: P
     found = explain_on_host(graph.save(tmp_path / "m.onnx"), HOST, threads=1, seconds=0.2)
     assert found.precision == "fp32"
     assert {f.kind for f in found.findings} == {"operator"}  # ONNX Runtime's own copies to its layout may be among them
-    assert found.findings[0].where == "exp"
+    assert "exp" in {f.where for f in found.findings}
+    gains = [f.gain_ms for f in found.findings]
+    assert gains == sorted(gains, reverse=True)
 
 
 def test_a_file_is_in_the_precision_that_it_has(tmp_path: Path) -> None:
