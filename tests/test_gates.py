@@ -85,7 +85,7 @@ def test_a_single_cluster_draws_blocks_in_a_row_and_the_verdict_says_so() -> Non
     samples = 900  # 30 blocks of 30
     hit = np.random.default_rng(2).random(samples)
     condition = compare({"hit": hit}, {"hit": hit}, mean_score, ["drive"] * samples, replicates=200, seed=0)
-    replicates = Replicates(clean=condition, samples=samples, clusters=1)
+    replicates = Replicates(clean=condition, samples=samples, clusters=1, artifact_sha256=ONNX)
     assert replicates.units == 30
     [verdict] = judge(run(), replicates, GatesConfig(accuracy=AccuracyGate(max_drop=0.1)), MIOU)
     assert verdict.verdict == "PASS"
@@ -456,9 +456,45 @@ def test_a_metric_undefined_in_many_draws_is_inconclusive() -> None:
     assert "no interval" in verdict.why
 
 
-def test_replicates_without_a_hash_are_taken_on_trust() -> None:
+@pytest.mark.parametrize("direction", ["max", "min"])
+@pytest.mark.parametrize(("undefined", "expected"), [(0, "PASS"), (40, "PASS"), (160, "INCONCLUSIVE")])
+def test_undefined_draws_count_as_the_worst(undefined: int, expected: str, direction: Direction) -> None:
+    """Of 4000 draws: where 2.5 % or more of the compressed model's are NaN, the upper end of its drop is among them."""
+    condition = pair(0.6, 0.6, 0.01)
+    columns = condition.replicates["miou"]
+    sign = 1 if direction == "max" else -1
+    worst = np.argsort(sign * (columns[:, 1] - columns[:, 0]))[:undefined]
+    columns[worst, 1] = np.nan
+    [verdict] = judge(run(), replicates_of(condition), ACCURACY, {"miou": direction})
+    assert verdict.verdict == expected
+    floor = GatesConfig(floors={"miou": 0.5 if direction == "max" else 0.7})
+    assert judge(run(), replicates_of(condition), floor, {"miou": direction})[0].verdict == expected
+    assert ("may be its worst" in verdict.why) == (expected == "INCONCLUSIVE")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    drawn=st.lists(st.floats(-1, 1), min_size=40, max_size=80),
+    place=st.sets(st.integers(0, 39), max_size=2),
+    filler=st.floats(-50, 50),
+    units=st.integers(20, 300),
+)
+def test_an_undefined_draw_narrows_no_interval(drawn: list[float], place: set[int], filler: float, units: int) -> None:
+    """Whatever the undefined draws really are, the interval with them undefined holds the one with them known."""
+    known, unknown = np.array(drawn), np.array(drawn)
+    known[list(place)], unknown[list(place)] = filler, np.nan
+    found, truth = interval(0.0, unknown, units), interval(0.0, known, units)
+    assert truth is not None
+    if found is not None:
+        assert found.low <= truth.low + 1e-12
+        assert found.high >= truth.high - 1e-12
+
+
+def test_replicates_without_a_hash_count_for_no_onnx() -> None:
     replicates = replicates_of(pair(0.6, 0.6, 0.01), artifact_sha256=None)
-    assert judge(run(), replicates, ACCURACY, MIOU)[0].verdict == "PASS"
+    [verdict] = judge(run(), replicates, ACCURACY, MIOU)
+    assert verdict.verdict == "FAIL"
+    assert "missing number: the bootstrap replicates do not say of which ONNX they are" in verdict.why
 
 
 @pytest.mark.parametrize(

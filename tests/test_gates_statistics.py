@@ -49,6 +49,9 @@ def skewed(n: int, seed: int = 0) -> dict[str, Array]:
     return {"common": either * generator.beta(4, 1, n), "either": either}
 
 
+ONNX = "a" * 64
+
+
 def record() -> RunRecord:
     return RunRecord(
         schema=1,
@@ -60,7 +63,7 @@ def record() -> RunRecord:
         checkpoint_sha256="2",
         seed=0,
         stages=[StageRecord(name="verify", status="done")],
-        artifacts={"onnx": Artifact(path="m.onnx", sha256="a" * 64)},
+        artifacts={"onnx": Artifact(path="m.onnx", sha256=ONNX)},
     )
 
 
@@ -220,7 +223,7 @@ def judged(samples: int, clusters: int, drop: float) -> Verdict:
     stats = {"common": hit, "either": np.ones(samples)}
     worse = {"common": hit - drop + generator.normal(0, 0.01, samples), "either": np.ones(samples)}
     condition = compare(stats, worse, ratio, groups, replicates=300, seed=0)
-    replicates = Replicates(clean=condition, samples=samples, clusters=clusters)
+    replicates = Replicates(clean=condition, samples=samples, clusters=clusters, artifact_sha256=ONNX)
     [verdict] = judge(record(), replicates, GatesConfig(accuracy=AccuracyGate(max_drop=0.05)), {"iou": "max"})
     return verdict
 
@@ -338,9 +341,8 @@ def test_floors_of_strata_are_judged_on_their_own_samples() -> None:
     by_day = Replicates(clean=steady(0.8), samples=400, clusters=100)
     by_night = Replicates(clean=steady(0.5), samples=200, clusters=50)
     rain = Replicates(clean=steady(0.9), samples=8, clusters=2)
-    whole = Replicates(
-        clean=steady(0.7), samples=608, clusters=152, strata={"day": by_day, "night": by_night, "rain": rain}
-    )
+    strata = {"day": by_day, "night": by_night, "rain": rain}
+    whole = Replicates(clean=steady(0.7), samples=608, clusters=152, strata=strata, artifact_sha256=ONNX)
     floors = {"iou": 0.6, "iou@night": 0.6, "iou@day": 0.6, "iou@fog": 0.1, "iou@*": 0.4}
     verdicts = judge(record(), whole, GatesConfig(floors=floors), {"iou": "max"})
     found = [(v.gate, v.verdict) for v in verdicts]
@@ -366,7 +368,7 @@ def test_an_extra_drop_uses_the_jackknife_of_both_conditions() -> None:
     names = [f"s{i}" for i in range(60)]
     clean = compare(stats, stats, ratio, names, replicates=300, seed=0)
     failed = compare(stats, worse, ratio, names, replicates=300, seed=0)
-    replicates = Replicates(clean=clean, failures={("f", 3): failed}, samples=60, clusters=60)
+    replicates = Replicates(clean=clean, failures={("f", 3): failed}, samples=60, clusters=60, artifact_sha256=ONNX)
     gates = GatesConfig(robustness={"f": RobustnessGate(max_extra_drop=0.5)})
     [verdict] = judge(record(), replicates, gates, {"iou": "max"})
     change = failed.replicates["iou"] - clean.replicates["iou"]

@@ -18,7 +18,9 @@ drawn instead, and every verdict says so.
 * fewer: point +- t * standard error * sqrt(k / (k - 1)), to be shown; it is not trusted, and every gate that needs it
   is INCONCLUSIVE.
 
-The interval is widened to hold the point estimate, so that no gate passes with a value beyond its limit.
+A draw in which a metric is undefined counts as the worst at either end; where an end falls among such draws there is
+no interval, and the gate is INCONCLUSIVE. The interval is widened to hold the point estimate, so that no gate passes
+with a value beyond its limit.
 
 **Verdict** (verdicts.py, family.py). PASS where the whole interval is within the limit, FAIL where it is beyond, else
 INCONCLUSIVE, with how many more samples would decide. FAILs of several gates are held together by Holm's procedure.
@@ -30,8 +32,9 @@ clean condition and `robustness/<failure>/<severity>/` for a failure:
 * `<p>dense_jackknife/<metric>`, `<p>compressed_jackknife/<metric>`: float64 (G,), units left out (optional);
 * `<p>dense_point/<metric>`, `<p>compressed_point/<metric>`: float64 (), the metric over all samples;
 * `constant_point/<metric>`: float64 (), what the best constant prediction reaches (optional);
-* `meta/schema`, `meta/samples`, `meta/clusters`: int64 (); `meta/artifact_sha256`: text (), the judged ONNX (optional);
-* `strata/<label>/...`: all of these for the samples of one stratum, the label percent-encoded.
+* `meta/schema`, `meta/samples`, `meta/clusters`: int64 (); `meta/artifact_sha256`: text (), the judged ONNX, without
+  which they count for none;
+* `strata/<label>/...`: all of these but the last for the samples of one stratum, the label percent-encoded.
 
 **Gate names**: `accuracy.<metric>`, `latency.mean_ms`, `latency.p99_ms`, `floors.<metric>`,
 `floors.<metric>@<stratum>`, `robustness.<failure>` (extra drop), `robustness.<failure>.min` (absolute floor),

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 ALPHA = (1 - CONFIDENCE) / 2  # of each side
 TRUSTED_UNITS = 20
 TRUSTED_BLOCKS = 30  # of a single drive, which are not independent: with 20 of them, too many verdicts were wrong
-MOST_UNDEFINED = 0.05  # share of draws in which a metric may be undefined (a class that was not drawn)
+MOST_UNDEFINED = 0.05  # share of draws in which a metric may be undefined; each of them counts as the worst
 SLACK = 1e-9  # 0.66 - 0.63 is more than 0.03 in floating point
 
 
@@ -61,6 +61,10 @@ def interval(
 ) -> Interval | None:
     """The 95 % interval of a statistic from its bootstrap replicates (which one, and why: see the package).
 
+    An undefined draw (a class that was not drawn, or an output that is no number) may be anything: it counts as the
+    highest value for the upper end and as the lowest for the lower end, so that no model passes by being undefined
+    where it is worst.
+
     Args:
         point: the statistic over all samples.
         drawn: (R,) its replicates; NaN where undefined.
@@ -68,10 +72,11 @@ def interval(
         jackknife: (G,) the statistic with each group of units left out; without, the interval has no acceleration.
 
     Returns:
-        None where it is undefined: no point, one unit, or too many undefined draws.
+        None where it is undefined: no point, one unit, or so many undefined draws that an end is among them.
     """
-    finite = np.asarray(drawn, dtype=np.float64)
-    finite = finite[np.isfinite(finite)]
+    drawn = np.asarray(drawn, dtype=np.float64)
+    defined = np.isfinite(drawn)
+    finite = drawn[defined]
     enough = len(drawn) > 0 and len(finite) >= (1 - MOST_UNDEFINED) * len(drawn)
     if not math.isfinite(point) or units < 2 or not enough:
         return None
@@ -81,8 +86,22 @@ def interval(
         return Interval(point, point - half, point + half, units - 1)
     tail = float(special.ndtr(-reach))
     levels = (tail, 1 - tail) if jackknife is None else bca_levels(point, finite, np.asarray(jackknife), tail)
-    low, high = np.quantile(finite, levels)
-    return Interval(point, min(float(low), point), max(float(high), point), units - 1)
+    low, high = (_worst_quantile(drawn, defined, level, end) for level, end in zip(levels, (-1, 1), strict=True))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    return Interval(point, min(low, point), max(high, point), units - 1)
+
+
+def _worst_quantile(drawn: Floats, defined: npt.NDArray[np.bool_], level: float, end: int) -> float:
+    """A quantile with what is undefined at the outer end; infinite where it falls there."""
+    if defined.all():
+        return float(np.quantile(drawn, level))
+    ordered = np.sort(np.where(defined, drawn, end * np.inf))
+    position = level * (len(ordered) - 1)
+    below, share = ordered[math.floor(position)], position - math.floor(position)
+    above = ordered[math.ceil(position)]
+    # an infinite neighbour of any weight takes the end with it; inf - inf would be NaN
+    return float(below + share * (above - below)) if math.isfinite(below) and math.isfinite(above) else end * math.inf
 
 
 def bca_levels(point: float, drawn: Floats, jackknife: Floats, tail: float) -> tuple[float, float]:

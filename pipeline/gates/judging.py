@@ -8,22 +8,11 @@ from dataclasses import dataclass
 from fusepress.pipeline.evidence import RunRecord, Verdict
 from fusepress.pipeline.gates.bootstrap import Condition
 from fusepress.pipeline.gates.family import together
-from fusepress.pipeline.gates.intervals import SLACK, Interval
+from fusepress.pipeline.gates.intervals import SLACK
 from fusepress.pipeline.gates.latency import judge_latency
 from fusepress.pipeline.gates.release import Baseline, judge_release
 from fusepress.pipeline.gates.replicates import Direction, Replicates, drop_interval, extra_drop_interval
-from fusepress.pipeline.gates.verdicts import (
-    RELATION,
-    Finding,
-    decide,
-    more_samples,
-    shown,
-    spread,
-    tell,
-    too_few_units,
-    without_interval,
-    without_number,
-)
+from fusepress.pipeline.gates.verdicts import Finding, shown, spread, tell, weighed, without_interval, without_number
 from fusepress.pipeline.recipe import EVERY_STRATUM, GatesConfig, RobustnessGate, floor_parts
 
 
@@ -108,26 +97,14 @@ def _usable(record: RunRecord, replicates: Replicates | None) -> tuple[Replicate
         return None, "there is no ONNX to release; mend the stage that stopped and run again"
     if replicates is None:
         return None, "no bootstrap replicates were stored; run again from verify"
-    if replicates.artifact_sha256 not in (None, candidate.sha256):
+    if replicates.artifact_sha256 is None:
+        return None, "the bootstrap replicates do not say of which ONNX they are; run again from verify"
+    if replicates.artifact_sha256 != candidate.sha256:
         return None, (
-            f"the bootstrap replicates are of another ONNX ({str(replicates.artifact_sha256)[:12]}, not "
+            f"the bootstrap replicates are of another ONNX ({replicates.artifact_sha256[:12]}, not "
             f"{candidate.sha256[:12]}); run again from verify"
         )
     return replicates, ""
-
-
-def _tested(gate: str, limit: float, found: Interval, what: str, replicates: Replicates, *, word: str = "") -> Finding:
-    """A finding from an interval that may be at most the limit; where its word is "floor", at least."""
-    upside, bound = (-found, -limit) if word == "floor" else (found, limit)  # a ceiling of the negated value
-    end = f"the {word} {shown(limit)}" if word else shown(limit)
-    if not replicates.trusted:
-        why = f"{what} {spread(found)} is not judged against {end}: {too_few_units(replicates)}"
-        return tell(gate, "INCONCLUSIVE", limit, found, why)
-    says = decide(upside, bound)
-    why = f"{what} {spread(found)} is {RELATION[says]} {end}"
-    if says == "INCONCLUSIVE":
-        why += more_samples(upside, bound, replicates)
-    return tell(gate, says, limit, found, why + replicates.note, p=upside.p_within(bound))
 
 
 def _judge_accuracy(numbers: _Numbers, metric: str, limit: float) -> Finding:
@@ -147,7 +124,7 @@ def _judge_accuracy(numbers: _Numbers, metric: str, limit: float) -> Finding:
             "evaluation samples were not trained on and that the dense checkpoint was trained to the end"
         )
         return tell(gate, "ANOMALOUS", limit, found, why + replicates.note, p=1.0)
-    return _tested(gate, limit, found, what, replicates)
+    return weighed(gate, limit, found, what, replicates)
 
 
 def _judge_floor(numbers: _Numbers, name: str, limit: float) -> list[Finding]:
@@ -177,7 +154,7 @@ def _floor(
     value, found = replicates.spread(condition, metric, (0, 1))
     if found is None:
         return without_interval(gate, limit, value, metric + where)
-    return _tested(gate, limit, found, metric + where, replicates, word="floor" if sign > 0 else "ceiling")
+    return weighed(gate, limit, found, metric + where, replicates, word="floor" if sign > 0 else "ceiling")
 
 
 def _judge_robustness(numbers: _Numbers, failure: str, gate: RobustnessGate) -> list[Finding]:
@@ -215,7 +192,7 @@ def _extra_drop(
     blind = _says_nothing(replicates, condition, metric, numbers.sign(metric))
     if blind is not None:
         return tell(name, "INCONCLUSIVE", limit, found, f"under {failure} {blind}")
-    finding = _tested(name, limit, found, what, replicates)
+    finding = weighed(name, limit, found, what, replicates)
     if metric in replicates.constant:
         return finding
     why = f"{finding.verdict.why}; not compared with a constant predictor, for none was stored"

@@ -26,11 +26,10 @@ from fusepress.pipeline.gates.verdicts import (
     RELATION,
     Finding,
     decide,
-    more_samples,
     shown,
     spread,
     tell,
-    too_few_units,
+    weighed,
     without_interval,
     without_number,
 )
@@ -285,14 +284,8 @@ def _judge_metric(
     what = f"the drop of {metric} against the stored release {baseline.release}"
     if now is None:
         return without_interval(name, limit, value - before.value, what)
-    found = _difference(now, before)
-    says = decide(found, limit)
-    if not replicates.trusted:
-        return tell(name, "INCONCLUSIVE", limit, found, f"{what} {spread(found)}: {too_few_units(replicates)}")
-    why = f"{what} ({basis}) {spread(found)} is {RELATION[says]} {shown(limit)}"
-    if says == "INCONCLUSIVE":
-        why += more_samples(found, limit, replicates, where=" in both releases")  # the stored error stays else
-    return tell(name, says, limit, found, why + replicates.note, p=found.p_within(limit))
+    where = " in both releases"  # the stored error stays else
+    return weighed(name, limit, _difference(now, before), what, replicates, basis=basis, where=where)
 
 
 def _difference(now: Interval, before: Interval) -> Interval:

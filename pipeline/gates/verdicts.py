@@ -9,7 +9,7 @@ from scipy import special
 
 from fusepress.pipeline.evidence import GateVerdict, Verdict
 from fusepress.pipeline.gates.bootstrap import unit_count
-from fusepress.pipeline.gates.intervals import ALPHA, MOST_UNDEFINED, SLACK, Interval
+from fusepress.pipeline.gates.intervals import ALPHA, SLACK, Interval
 from fusepress.pipeline.gates.replicates import Replicates
 
 RELATION = {"PASS": "within", "FAIL": "beyond", "INCONCLUSIVE": "on both sides of"}
@@ -54,10 +54,46 @@ def without_interval(gate: str, limit: float, value: float, what: str) -> Findin
             gate, limit, f"{what} is not a number; give the evaluation samples in which it is defined"
         )
     why = (
-        f"{what} {shown(value)} has no interval: too few samples, or undefined in more than "
-        f"{MOST_UNDEFINED:.0%} of the draws; evaluate on more samples"
+        f"{what} {shown(value)} has no interval: too few samples, or undefined in too many of the draws, which may be "
+        "its worst; evaluate on more samples"
     )
     return Finding(Verdict(gate=gate, verdict="INCONCLUSIVE", limit=limit, value=value, why=why))
+
+
+def weighed(
+    gate: str,
+    limit: float,
+    found: Interval,
+    what: str,
+    replicates: Replicates,
+    *,
+    word: str = "",
+    basis: str = "",
+    where: str = "",
+) -> Finding:
+    """A finding from the interval of a bootstrapped number.
+
+    Args:
+        gate: its name.
+        limit: what the number may be at most; where `word` is "floor", at least.
+        found: the number.
+        what: it is, in words.
+        replicates: behind it; too few units decide nothing.
+        word: floor or ceiling, before the limit; none for a drop.
+        basis: how it was compared, in brackets.
+        where: more samples are needed, if not in this run alone.
+    """
+    upside, bound = (-found, -limit) if word == "floor" else (found, limit)  # a ceiling of the negated value
+    end = f"the {word} {shown(limit)}" if word else shown(limit)
+    told = f"{what} ({basis}) {spread(found)}" if basis else f"{what} {spread(found)}"
+    if not replicates.trusted:
+        why = f"{told} is not judged against {end}: {too_few_units(replicates)}"
+        return tell(gate, "INCONCLUSIVE", limit, found, why)
+    says = decide(upside, bound)
+    why = f"{told} is {RELATION[says]} {end}"
+    if says == "INCONCLUSIVE":
+        why += more_samples(upside, bound, replicates, where=where)
+    return tell(gate, says, limit, found, why + replicates.note, p=upside.p_within(bound))
 
 
 def too_few_units(replicates: Replicates) -> str:
