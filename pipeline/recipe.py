@@ -144,9 +144,9 @@ class DistortionConfig(Section):
         worst_case: the maximum over samples instead of their mean (as RD-Prune's scripts do).
         eta: weight of the functional Fisher term; 0 is RD-Prune; auto makes the medians of both terms equal.
         reading: B: relative change of each modality's information; A: the paper's sum, taken literally.
-        fisher_samples: the information is estimated on the first so many samples,
-        fisher_every: and at every so-manieth width, linear in the width between them,
-        draws: with so many draws of the noise, a forward and a backward pass each.
+        fisher_samples: calibration samples, the first ones, that the information is estimated on.
+        fisher_every: widths from one estimate of the information to the next; in between it is taken as linear.
+        draws: draws of the noise that the information is estimated with, a forward and a backward pass each.
     """
 
     mode: Literal["exact", "approximate"] = "exact"
@@ -442,25 +442,37 @@ class QuantizeConfig(Section):
 
 
 class VerifyConfig(Section):
-    """What `verify` does: bootstrap replicates and the failures it tries."""
+    """What `verify` stores for the gates.
+
+    Attributes:
+        replicates: bootstrap draws of every metric, paired between the dense and the released model.
+    """
 
     replicates: int = Field(default=2000, ge=200)
 
 
 class AccuracyGate(Section):
-    """Largest allowed drop of a metric (the primary one by default), paired, against the dense model."""
+    """Largest allowed drop of a metric, paired, against the dense model.
+
+    Attributes:
+        max_drop: largest allowed drop.
+        metric: which one; default: the task's primary metric.
+    """
 
     max_drop: float = Field(ge=0)
     metric: str | None = None
 
 
 class LatencyGate(Section):
-    """Limits in milliseconds. `p99_ms` counts with measured evidence only.
+    """Limits in milliseconds.
 
     Attributes:
+        mean_ms: of the mean latency of the released file on the target; the upper end of the interval counts.
+        p99_ms: of the 99th percentile; counts with measured evidence only.
         parts: limits of mean latencies of branches, of `rest` (fusion and heads), each as an engine of its own, and of
             `e2e`: the pipeline from them and the task's stages outside the network.
         schedule: whether branches run one after the other or at the same time, for `e2e`.
+        evidence: which kinds of figures count; a measured one goes before a predicted one.
     """
 
     mean_ms: float | None = Field(default=None, gt=0)
@@ -479,7 +491,13 @@ class LatencyGate(Section):
 
 
 class RobustnessGate(Section):
-    """How much more the compressed model may lose than the dense one under a failure, and an absolute floor."""
+    """How much more the compressed model may lose than the dense one under a failure, and an absolute floor.
+
+    Attributes:
+        max_extra_drop: largest allowed drop of the primary metric under the failure, beyond what the dense model loses.
+        min: least allowed value of the metric under the failure.
+        severity: how hard the sensor fails.
+    """
 
     max_extra_drop: float = Field(ge=0)
     min: float | None = None
@@ -528,7 +546,17 @@ class GatesConfig(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: what shapes a result, in one reviewed file."""
+    """A whole recipe: what shapes a result, in one reviewed file.
+
+    Attributes:
+        task: the class you wrote, as path/to/file.py:Name or package.module:Name; a path starts at the recipe's folder.
+        checkpoint: dense weights (safetensors, or a torch file that loads with weights_only), or an ONNX file, which
+            enters at `quantize`.
+        target: device profile (`fusepress targets ls`), or a profile's YAML file beside the recipe.
+        power_mode: of the device; default: the profile's.
+        data: given to the task's __init__.
+        seed: of batches, of training and of the bootstrap.
+    """
 
     task: str
     checkpoint: str
