@@ -115,7 +115,8 @@ def with_trained_scales(draft: Draft, trained: TrainedScales) -> tuple[Draft, li
     """
     if trained.precision != draft.precision:
         raise QuantizeError(
-            f"expected scales of a training in {draft.precision}; got {trained.precision}; run compress with --from qat"
+            f"expected scales of a training in {draft.precision}; got {trained.precision} for {draft.source}; run "
+            "compress with --from qat"
         )
     known = [tensor for tensor in draft.ranges.tensors if tensor in trained.scales]
     without = [tensor for tensor in draft.ranges.tensors if tensor not in trained.scales]

@@ -22,6 +22,7 @@ from fusepress.calib.ranges import OWN_METHODS, OwnMethod, Ranges, measure_range
 from fusepress.export.onnx import EXPORTER_OPSET, ExportInfo, load_onnx, lower_opset, opset_of, save_onnx
 from fusepress.export.precision import MODELOPT, check_arrays, precision_map, require_known, save_arrays
 from fusepress.export.runtime import OnnxSession
+from fusepress.export.unsigned import unsigned_relus, use_unsigned
 from fusepress.export.worker import answer, read_job, run_job
 from fusepress.pipeline.errors import QuantizeError
 from fusepress.pipeline.graph.placement import Grid
@@ -60,6 +61,7 @@ class QuantizeInfo:
         layers: every layer with weights.
         macs_share: share of the multiply-accumulates that quantised layers do.
         quantize_nodes: QuantizeLinear nodes in the file.
+        unsigned: Relus behind which numbers have no sign; none but for a CPU.
         notes: what a reader should know.
     """
 
@@ -71,6 +73,7 @@ class QuantizeInfo:
     layers: tuple[LayerCoverage, ...]
     macs_share: float
     quantize_nodes: int
+    unsigned: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class QuantizeInfo:
             "other_layers": len(self.layers) - covered,
             "macs_share": self.macs_share,
             "quantize_nodes": self.quantize_nodes,
+            "unsigned_relus": len(self.unsigned),
             "notes": list(self.notes),
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -105,6 +109,7 @@ class Draft:
         ranges: what was measured on them, whatever the method.
         excluded: nodes that the caller excluded.
         folded: batch norms that were folded.
+        unsigned: for a CPU: variants count without a sign behind Relus (export/unsigned.py).
     """
 
     source: Path
@@ -116,6 +121,7 @@ class Draft:
     excluded: frozenset[str]
     folded: tuple[str, ...] = ()
     precision: Grid = "int8"
+    unsigned: bool = False
 
     def units(self) -> dict[str, list[str]]:
         """What can be left in floating point by itself (`QdqGraph.units`)."""
@@ -140,10 +146,12 @@ class Draft:
         return replace(self, proto=proto, method=method)
 
     def variant(self, spared: Collection[str] = ()) -> Any:
-        """A copy of the graph without the Q/DQ of these units."""
+        """A copy of the graph without the Q/DQ of these units, as the target takes it."""
         proto = _copy(self.proto)
         if spared:
             QdqGraph(proto).spare(spared)
+        if self.unsigned:
+            use_unsigned(proto)
         return proto
 
     def write(self, path: Path, spared: Collection[str] = ()) -> Path:
@@ -160,6 +168,7 @@ def draft_qdq(
     method: Method = "max",
     exclude: Sequence[str] = (),
     sample_ids: Sequence[str] = (),
+    unsigned: bool = False,
 ) -> Draft:
     """Place INT8 or FP8 (E4M3) Q/DQ and choose its ranges.
 
@@ -171,6 +180,7 @@ def draft_qdq(
             (modelopt's own).
         exclude: names of nodes or module paths to leave in floating point.
         sample_ids: N names for messages.
+        unsigned: for ONNX Runtime on a CPU: INT8 without a sign behind Relus, which TensorRT does not take.
 
     Raises:
         QuantizeError: a name does not exist, samples do not fit, activations are not finite, the precision has no such
@@ -179,7 +189,7 @@ def draft_qdq(
     if precision == "fp8" and method not in METHODS["fp8"]:
         raise QuantizeError(
             f"expected ranges by one of {', '.join(METHODS['fp8'])} in FP8; got {method}, which counts on INT8's even "
-            "steps; change quantize.method"
+            f"steps, at {onnx_in}; change quantize.method"
         )
     source = load_onnx(onnx_in)
     excluded = excluded_nodes(source, exclude, onnx_in)
@@ -213,6 +223,7 @@ def draft_qdq(
         excluded=frozenset(excluded),
         folded=tuple(folded),
         precision=precision,
+        unsigned=unsigned,
     )
     return draft.with_method(cast("OwnMethod", method)) if own else draft
 
@@ -236,8 +247,14 @@ def finish_qdq(
         spared: units to leave in floating point.
 
     Raises:
-        QuantizeError: modelopt fails, no layer is left quantised, or the result does not run.
+        QuantizeError: modelopt fails, no layer is left quantised, the result does not run, or unsigned numbers are to
+            have an FP16 remainder, which no runtime takes.
     """
+    if draft.unsigned and remainder == "fp16":
+        raise QuantizeError(
+            f"expected remainder fp32 with unsigned INT8, which only a CPU takes; got fp16 at {draft.source}; draft "
+            "without `unsigned` for a GPU"
+        )
     onnx_out.parent.mkdir(parents=True, exist_ok=True)
     proto = draft.variant(spared)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as name:
@@ -247,7 +264,8 @@ def finish_qdq(
     notes = _settle_opset(proto, opset_of(draft.float_proto), draft.precision, remainder)
     if draft.folded:
         notes += (f"{len(draft.folded)} batch norms folded into the convolutions before them",)
-    notes += tuple(broken_rules(proto))
+    # the rules are those of TensorRT's placement
+    notes += _unsigned_note(proto) if draft.unsigned else tuple(broken_rules(proto))
     info = save_onnx(proto, onnx_out)
     layers = _coverage(draft.float_proto, precision_map(onnx_out), draft.precision, draft.excluded, spared)
     return _described(draft, arrays, info, layers, remainder, notes)
@@ -360,6 +378,7 @@ def _described(
         layers=layers,
         macs_share=macs_share(draft.float_proto, quantised),
         quantize_nodes=info.ops.get("QuantizeLinear", 0),
+        unsigned=tuple(unsigned_relus(load_onnx(info.path))) if draft.unsigned else (),
         notes=notes,
     )
 
@@ -418,6 +437,15 @@ def _settle_opset(proto: Any, wanted: int, precision: str, remainder: str) -> tu
     if wanted < EXPORTER_OPSET:
         note += f"; the target's importer wants {wanted} for an operator of this model: check on the device"
     return (note,)
+
+
+def _unsigned_note(proto: Any) -> tuple[str, ...]:
+    count = len(unsigned_relus(proto))
+    note = (
+        f"for this CPU INT8 has no sign behind {count} Relus, in finer steps of the same range: ONNX Runtime drops "
+        "them and computes the layers in front of them in integers"
+    )
+    return (note,) if count else ()
 
 
 def _coverage(

@@ -103,6 +103,7 @@ class Explanation:
         small: kind -> how many more there are with a gain below 0.2 % each.
         evidence: of the latency and the gains: the roofline, or a profile taken on this machine.
         assumed: the file carries no precision of its own (neither Q/DQ nor FP16), and that of the build was assumed.
+        notes: what else a reader should know of the file and how it ran.
     """
 
     onnx_sha256: str
@@ -119,6 +120,7 @@ class Explanation:
     small: Mapping[str, int] = field(default_factory=dict)
     assumed: bool = False
     evidence: Literal["predicted", "measured"] = "predicted"
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

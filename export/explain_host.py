@@ -18,17 +18,21 @@ from fusepress.export.onnx import load_onnx
 from fusepress.export.passes import made_up_batch
 from fusepress.export.precision import precision_map
 from fusepress.export.runtime import OnnxSession
-from fusepress.export.unsigned import unsigned_candidates
+from fusepress.export.unsigned import unsigned_candidates, unsigned_relus
 from fusepress.export.wiring import QDQ
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.measure import measure_latency
 from fusepress.targets.profile import Profile
 
 QUANTISED = ("int8", "fp8")
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 SECONDS = 2.0  # for the latency, besides the profile
 CONVERSION_ADVICE = "quantise the layers on both sides of it, or leave both in floating point (quantize.exclude)"
 FLOATING_ADVICE = "leave it in floating point (quantize.exclude): without its conversions it is faster"
-UNSIGNED_ADVICE = "quantise what its Relu gives as unsigned numbers: fusepress.export.unsigned.use_unsigned"
+UNSIGNED_ADVICE = (
+    "quantise what its Relu gives as unsigned numbers: compress does for host-cpu, and "
+    "fusepress.export.unsigned.use_unsigned does to a file"
+)
 OTHER_ADVICE = "INT8 does not touch it: fewer channels or pixels here, or another operator"
 
 
@@ -74,7 +78,19 @@ def explain_on_host(
         measured_ms=total,
         small={kind: small.count(kind) for kind in sorted(set(small))},
         evidence="measured",
+        notes=_integers(nodes, precisions, proto),
     )
+
+
+def _integers(nodes: Sequence[NodeTime], precisions: Mapping[str, str], proto: Any) -> tuple[str, ...]:
+    """How many of the layers with Q/DQ integer kernels took, and what the file does for that."""
+    low = {node.name for node in proto.graph.node if node.op_type in LAYERS and precisions[node.name] in QUANTISED}
+    if not low:
+        return ()
+    ran = low.intersection(node.name for node in nodes if node.kind == "integer")
+    found, relus = f"{len(ran)} of {len(low)} layers with Q/DQ ran in integers", len(unsigned_relus(proto))
+    does = f"; behind {relus} Relus the file counts without a sign, so that integer kernels absorb them"
+    return (found + (does if relus else ""),)
 
 
 def _precision(proto: Any, precisions: Mapping[str, str]) -> str:

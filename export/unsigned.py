@@ -28,6 +28,21 @@ def unsigned_candidates(proto: Any) -> frozenset[str]:
     )
 
 
+def unsigned_relus(proto: Any) -> list[str]:
+    """Names of the Relus behind which a file counts without a sign, from 0."""
+    wiring = Wiring(proto)
+    return [node.name for node in wiring.nodes if node.op_type == "Relu" and _counts_from_zero(proto, node, wiring)]
+
+
+def _counts_from_zero(proto: Any, relu: Any, wiring: Wiring) -> bool:
+    zeros = [
+        constant_array(proto, node.input[2])
+        for node in wiring.readers.get(relu.output[0], [])
+        if node.op_type == "QuantizeLinear" and len(node.input) > 2
+    ]
+    return bool(zeros) and all(zero is not None and zero.dtype == np.uint8 and not zero.any() for zero in zeros)
+
+
 def use_unsigned(proto: Any) -> list[str]:
     """Let Q/DQ behind Relus count without a sign, in place; the rest of the graph stays as it is.
 

@@ -16,6 +16,7 @@ StageStatus = Literal["pending", "running", "done", "cached", "skipped", "failed
 
 RUN_JSON = "run.json"
 SCHEMA = 1
+SPEEDUP_OVER_FP32 = "latency.speedup_over_fp32"  # of a released file over the float32 one that it was made of
 UNSTABLE = "unstable: "  # in the note of a measured latency that cannot be trusted, before why
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from fusepress.export.explain_host import FLOATING_ADVICE, UNSIGNED_ADVICE, explain_on_host
 from fusepress.export.node_times import NodeTime, node_times, read_node_times
 from fusepress.export.runtime import OnnxSession
-from fusepress.export.unsigned import unsigned_candidates, use_unsigned
+from fusepress.export.unsigned import unsigned_candidates, unsigned_relus, use_unsigned
 from fusepress.pipeline.cli import run
 from fusepress.pipeline.errors import ExportError
+from fusepress.pipeline.report.explain import view_of
 from fusepress.targets.profile import load_profile
 from tests.onnx_graphs import Graph, values
 
@@ -47,14 +48,20 @@ def test_layers_behind_signed_relus_run_in_floating_point_and_unsigned_ones_in_i
     onnx.save(proto, tmp_path / "signed.onnx")
     assert _kinds(tmp_path / "signed.onnx") == {"a": "floating", "b": "floating", "c": "floating"}
     assert unsigned_candidates(proto) == {"a", "b"}
-    assert use_unsigned(proto) == ["a/Relu", "b/Relu"]
+    assert unsigned_relus(proto) == []
+    assert use_unsigned(proto) == unsigned_relus(proto) == ["a/Relu", "b/Relu"]
     assert unsigned_candidates(proto) == frozenset()
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, tmp_path / "unsigned.onnx")
     # nothing quantises what the last one gives, so that it stays
     assert _kinds(tmp_path / "unsigned.onnx") == {"a": "integer", "b": "integer", "c": "floating"}
+    found = explain_on_host(tmp_path / "unsigned.onnx", HOST, threads=1, seconds=0.1)
+    does = "behind 2 Relus the file counts without a sign, so that integer kernels absorb them"
+    assert found.notes == (f"2 of 3 layers with Q/DQ ran in integers; {does}",)
+    assert view_of(found.to_dict()).basis.endswith(f". 2 of 3 layers with Q/DQ ran in integers; {does}.")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-40, 40, width=32), min_size=8, max_size=8), st.floats(0.015625, 1.0, width=32))
 def test_unsigned_numbers_round_to_finer_steps_of_the_same_range(row: list[float], scale: float) -> None:
     graph = Graph(19)  # the evaluator has no older DequantizeLinear
@@ -88,6 +95,7 @@ def test_relus_that_others_read_too_are_left(fault: str) -> None:
     proto = graph.proto()
     before = proto.SerializeToString()
     assert use_unsigned(proto) == []
+    assert unsigned_relus(proto) == (["relu"] if fault == "unsigned already" else [])
     assert proto.SerializeToString() == before
 
 
@@ -96,6 +104,7 @@ def test_what_stays_in_floating_point_is_measured_and_told_what_mends_it(tmp_pat
     assert (found.target, found.precision, found.evidence) == ("host-cpu", "int8", "measured")
     assert found.to_dict()["kind"] == "measured"
     assert found.low_ms <= found.latency_ms <= found.high_ms
+    assert found.notes == ("0 of 3 layers with Q/DQ ran in integers",)
     floating = {f.where: f for f in found.findings if f.kind == "stayed floating"}
     assert set(floating) == {"a", "b", "c"}
     assert (floating["a"].advice, floating["c"].advice) == (UNSIGNED_ADVICE, FLOATING_ADVICE)
@@ -111,7 +120,7 @@ def test_a_float_file_has_no_layers_to_blame_but_its_large_operators(tmp_path: P
     graph = Graph()
     graph.output(graph.add("Exp", graph.conv(graph.input("x", SHAPE), (16, 16), "a", size=1), name="exp"))
     found = explain_on_host(graph.save(tmp_path / "m.onnx"), HOST, threads=1, seconds=0.2)
-    assert found.precision == "fp32"
+    assert (found.precision, found.notes) == ("fp32", ())
     assert {f.kind for f in found.findings} == {"operator"}  # ONNX Runtime's own copies to its layout may be among them
     assert "exp" in {f.where for f in found.findings}
     gains = [f.gain_ms for f in found.findings]

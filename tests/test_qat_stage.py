@@ -18,31 +18,23 @@ from torch import Tensor
 from fusepress.calib.qat import TrainedScales, placement_of
 from fusepress.calib.quantize import draft_qdq
 from fusepress.export.onnx import export_onnx, load_onnx
-from fusepress.pipeline.api import make_context, new_record, preflight
-from fusepress.pipeline.console import Reporter
+from fusepress.pipeline.api import preflight
 from fusepress.pipeline.errors import RecipeError, TaskError
-from fusepress.pipeline.evidence import RunRecord, StageRecord
+from fusepress.pipeline.evidence import RunRecord
 from fusepress.pipeline.graph.fakequant import fake_quantised
 from fusepress.pipeline.graph.masks import load_masks
 from fusepress.pipeline.recipe import FinetuneConfig, load_recipe
 from fusepress.pipeline.recovery.finetune import finetune
-from fusepress.pipeline.runner import run_stages
-from fusepress.pipeline.stages import STAGES
 from fusepress.pipeline.stages.qat import Qat, training_section
 from fusepress.pipeline.stages.quantize import Quantize
 from fusepress.pipeline.store import Store
 from fusepress.pipeline.task import load_task
+from tests.quantize_runs import context_of, int8_recipe, run_some, stage_of
 from tests.recovery_runs import Killed, kill_at, same, toy_project
 from tests.sparsify_toy import Net
 
-RECIPE: dict[str, Any] = {
-    "task": "sparsify_toy.py:Toy",
-    "checkpoint": "dense.safetensors",
-    "target": "jetson-agx-orin-64gb",
-    "finetune": {"steps": 0, "distill": True},
-    "quantize": {"precision": "int8", "samples": 8, "method": "max", "search": False, "sensitivity": False},
-    "gates": {"accuracy": {"max_drop": 0.2}},
-}
+RECIPE = int8_recipe("sparsify_toy.py:Toy", method="max", search=False, sensitivity=False)
+RECIPE["finetune"] = {"steps": 0, "distill": True}
 CHAIN = ("baseline", "sparsify", "qat", "export", "quantize")
 OUTLIER = 150.0
 
@@ -61,18 +53,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(project: Path, name: str, *overrides: str, names: tuple[str, ...] = CHAIN) -> tuple[RunRecord, Path]:
-    ctx = make_context(load_recipe(project / "recipe.yaml", list(overrides)), Reporter(quiet=True))
-    folder = project / "runs" / name
-    preflight(ctx, Store(folder.parent / ".store"))
-    record = new_record(ctx, folder, "")
-    run_stages(ctx, [stage for stage in STAGES if stage.name in names], record, folder)
-    return record, folder
-
-
-def stage_of(record: RunRecord, name: str) -> StageRecord:
-    stage = record.stage(name)
-    assert stage is not None
-    return stage
+    return run_some(project, name, names, *overrides)
 
 
 def accuracy(record: RunRecord, name: str) -> float:
@@ -181,7 +162,7 @@ def test_a_killed_training_ends_with_the_same_weights_and_steps(project: Path, t
 
 def test_keys_follow_what_the_stage_reads(project: Path) -> None:
     def key(*overrides: str) -> str:
-        ctx = make_context(load_recipe(project / "recipe.yaml", ["qat={steps: 5}", *overrides]), Reporter(quiet=True))
+        ctx = context_of(project, "qat={steps: 5}", *overrides)
         return json.dumps(Qat().key_parts(ctx).config, sort_keys=True)
 
     assert key() == key("quantize.sensitivity=true", "gates.accuracy.max_drop=0.1", "finetune.steps=7")
@@ -192,12 +173,12 @@ def test_keys_follow_what_the_stage_reads(project: Path) -> None:
 
 def test_training_follows_the_finetune_section_but_for_its_norms(project: Path) -> None:
     options = ["qat={steps: 5, lr: 0.5}", "finetune={steps: 9, ema: 0.5, distill_features: 1.0}"]
-    ctx = make_context(load_recipe(project / "recipe.yaml", options), Reporter(quiet=True))
+    ctx = context_of(project, *options)
     section = training_section(ctx)
     assert (section.steps, section.lr, section.ema, section.freeze_batchnorm) == (5, 0.5, 0.5, True)
     assert section.distill_features == 1.0
     permuted = 'sparsify={pattern: "2:4", permute: true}'
-    ctx = make_context(load_recipe(project / "recipe.yaml", [*options, permuted]), Reporter(quiet=True))
+    ctx = context_of(project, *options, permuted)
     assert training_section(ctx).distill_features == 0.0
 
 
@@ -211,9 +192,7 @@ def test_qat_without_a_quantised_release_is_refused(project: Path) -> None:
         load_recipe(project / "recipe.yaml", ["quantize.precision=fp8", "quantize.method=mse"])
     (project / "model.onnx").write_bytes(b"")
     with pytest.raises(RecipeError, match="expected a torch checkpoint for finetune, qat; got the ONNX file"):
-        make_context(
-            load_recipe(project / "recipe.yaml", ["qat={steps: 5}", "checkpoint=model.onnx"]), Reporter(quiet=True)
-        )
+        context_of(project, "qat={steps: 5}", "checkpoint=model.onnx")
 
 
 UNLABELLED = """
@@ -248,17 +227,17 @@ def test_a_calib_split_without_targets_fails_before_anything_is_spent(project: P
     (project / f"{name}.py").write_text(UNLABELLED.replace("{TARGETS}", targets))
     store = Store(project / "runs" / f".{name}")
     options = [f"task={name}.py:Unlabelled", "quantize.search=true"]
-    ctx = make_context(load_recipe(project / "recipe.yaml", options), Reporter(quiet=True))
+    ctx = context_of(project, *options)
     with pytest.raises(TaskError, match=r"expected targets in the calib split .*; give its samples targets, or set"):
         preflight(ctx, store)
-    ctx = make_context(load_recipe(project / "recipe.yaml", [options[0]]), Reporter(quiet=True))
+    ctx = context_of(project, options[0])
     preflight(ctx, store)  # nothing is judged on the split
 
 
 def test_a_calib_split_that_no_range_can_be_measured_on_fails_before_anything_is_spent(project: Path) -> None:
     (project / "unlabelled.py").write_text(UNLABELLED.replace("{TARGETS}", "{}"))
     for kind, message in (("Empty", "to yield at least one batch; got none"), ("Dead", "lidar blank in all 8")):
-        ctx = make_context(load_recipe(project / "recipe.yaml", [f"task=unlabelled.py:{kind}"]), Reporter(quiet=True))
+        ctx = context_of(project, f"task=unlabelled.py:{kind}")
         with pytest.raises(TaskError, match=message):
             preflight(ctx, Store(project / "runs" / f".{kind}"))
 
@@ -327,7 +306,7 @@ def test_two_processes_with_other_hash_seeds_write_the_same_bytes(project: Path)
 
 
 def test_the_quantised_file_reads_the_scales(project: Path) -> None:
-    ctx = make_context(load_recipe(project / "recipe.yaml", ["qat={steps: 5}"]), Reporter(quiet=True))
+    ctx = context_of(project, "qat={steps: 5}")
     path = project / "scales.json"
     TrainedScales(precision="int8", method="max", scales={"image": 0.1}).write(path)
     before = Quantize().key_parts(ctx).inputs

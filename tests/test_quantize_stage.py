@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from onnx import TensorProto
 
-from fusepress.calib.dataset import CalibrationCard
+from fusepress.calib.dataset import CalibrationCard, calibration_arrays, choose_calibration
 from fusepress.calib.qdq import broken_rules
-from fusepress.export.onnx import load_onnx
+from fusepress.calib.quantize import draft_qdq, finish_qdq
+from fusepress.export.node_times import node_times
+from fusepress.export.onnx import load_onnx, save_onnx
 from fusepress.export.precision import precision_map
-from fusepress.pipeline.api import make_context, new_record, preflight
-from fusepress.pipeline.console import Reporter
-from fusepress.pipeline.errors import RecipeError
-from fusepress.pipeline.evidence import RunRecord, StageRecord
+from fusepress.export.unsigned import unsigned_relus, use_unsigned
+from fusepress.pipeline.errors import QuantizeError, RecipeError
+from fusepress.pipeline.evidence import SPEEDUP_OVER_FP32, RunRecord
 from fusepress.pipeline.gates import judge
 from fusepress.pipeline.recipe import load_recipe
 from fusepress.pipeline.report.html import render
-from fusepress.pipeline.runner import run_stages
-from fusepress.pipeline.stages import STAGES
-from fusepress.pipeline.stages.quantize import Quantize
-from fusepress.pipeline.store import Store
+from fusepress.pipeline.report.quantization import quantization
+from fusepress.pipeline.stages.quantize import Quantize, not_faster
+from fusepress.pipeline.store import sha256_file
+from fusepress.targets.latency import Speedup
+from tests.quantize_runs import context_of, int8_recipe, run_some, stage_of
 from tests.recovery_runs import toy_project
-
-RECIPE: dict[str, Any] = {
-    "task": "fidelity.py:Fidelity",
-    "checkpoint": "dense.safetensors",
-    "target": "jetson-agx-orin-64gb",
-    "quantize": {"precision": "int8", "samples": 8},
-    "gates": {"accuracy": {"max_drop": 0.2}},
-}
-
 
 # judged by how close the outputs stay to those of the float network, which no INT8 meets to the last digit
 FIDELITY = """
@@ -60,7 +54,7 @@ class Fidelity(Toy):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = toy_project(tmp_path_factory.mktemp("quantize"), RECIPE, steps=40)
+    folder = toy_project(tmp_path_factory.mktemp("quantize"), int8_recipe("fidelity.py:Fidelity"), steps=40)
     (folder / "fidelity.py").write_text(FIDELITY)
     return folder
 
@@ -69,19 +63,7 @@ QUANTIZE = ("baseline", "export", "quantize")
 
 
 def ran(project: Path, name: str, *overrides: str, names: tuple[str, ...] = QUANTIZE) -> tuple[RunRecord, Path]:
-    """The record and the folder of a run of some stages."""
-    ctx = make_context(load_recipe(project / "recipe.yaml", list(overrides)), Reporter(quiet=True))
-    folder = project / "runs" / name
-    preflight(ctx, Store(folder.parent / ".store"))
-    record = new_record(ctx, folder, "")
-    run_stages(ctx, [stage for stage in STAGES if stage.name in names], record, folder)
-    return record, folder
-
-
-def stage_of(record: RunRecord, name: str) -> StageRecord:
-    stage = record.stage(name)
-    assert stage is not None
-    return stage
+    return run_some(project, name, names, *overrides)
 
 
 def test_all_layers_in_int8_with_card_ranges_and_sensitivity(project: Path) -> None:
@@ -132,10 +114,97 @@ def test_a_limit_that_no_int8_meets_releases_fp16_and_says_why(project: Path) ->
     assert "fp16 (int8 was asked for)" in page
 
 
+# --- on this host -----------------------------------------------------------------------------------------------------
+
+HOST = ("target=host-cpu", "quantize.method=max", "quantize.sensitivity=false")
+
+
+def unsigned_zeros(path: Path) -> list[str]:
+    return [t.name for t in load_onnx(path).graph.initializer if t.data_type == TensorProto.UINT8]
+
+
+def test_a_cpu_gets_the_form_that_its_integer_kernels_take_and_is_told_what_it_brings(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusepress.pipeline.stages.quantize.HOST_MEASURE_SECONDS", 0.5)
+    record, run = ran(project, "host", *HOST)
+    stage, section = stage_of(record, "quantize"), quantization(record)
+    released = run / "quantize/model.onnx"
+    details = stage.details
+    assert details["coverage"]["unsigned_relus"] == len(unsigned_relus(load_onnx(released))) > 3
+    assert f"INT8 has no sign behind {details['coverage']['unsigned_relus']} Relus" in details["note"]
+    assert "merged tensors" not in details["note"]  # that is TensorRT's rule
+    quantised = {layer["name"] for layer in details["coverage"]["layers"] if layer["precision"] == "int8"}
+    integer = {node.name for node in node_times(released, threads=1, runs=1) if node.kind == "integer"}
+    assert {"camera.0.0/Conv", "camera.1.0/Conv", "lidar.0.0/Conv"} <= integer & quantised
+    # judged by the runtime that is the target, with the kernels that it has
+    accuracy = [m for m in stage.measurements if m.name.startswith("accuracy.")]
+    assert {(m.runtime, m.precision) for m in accuracy} == {("onnxruntime-cpu", "int8")}
+    (faster,) = [m for m in stage.measurements if m.name == SPEEDUP_OVER_FP32]
+    assert (faster.kind, faster.device, faster.unit) == ("measured", "host-cpu", "x")
+    assert faster.artifact_sha256 == record.artifacts["onnx"].sha256
+    assert faster.low is not None
+    assert faster.high is not None
+    assert faster.low <= faster.value <= faster.high
+    assert faster.note == not_faster(Speedup(value=faster.value, low=faster.low, high=faster.high), "int8")
+    assert section is not None
+    facts = dict(section.facts)
+    assert facts["Relus that integer kernels absorb"] == str(details["coverage"]["unsigned_relus"])
+    assert facts["against the same network in FP32"].endswith(", measured in turns)")
+    assert facts.get("so") == faster.note
+
+
+def test_every_trial_of_the_search_is_in_the_form_that_is_released(project: Path) -> None:
+    """The released bytes are those of the unsigned variant, which differs from the signed one by one pass alone."""
+    _, run = ran(project, "host", *HOST)
+    ctx = context_of(project, *HOST)
+    card = choose_calibration(ctx.task, 8, ctx.recipe.seed)
+    arrays = calibration_arrays(ctx.task, card)
+    draft = draft_qdq(run / "export/model.onnx", arrays, method="max", unsigned=True)
+    draft.write(run / "trial.onnx")
+    trial, released = load_onnx(run / "trial.onnx"), load_onnx(run / "quantize/model.onnx")
+    assert unsigned_relus(trial) == unsigned_relus(released)
+    finish_qdq(draft, arrays, run / "again.onnx", remainder="fp32")
+    assert (run / "again.onnx").read_bytes() == (run / "quantize/model.onnx").read_bytes()
+    finish_qdq(replace(draft, unsigned=False), arrays, run / "signed.onnx", remainder="fp32")
+    signed = load_onnx(run / "signed.onnx")
+    assert not unsigned_zeros(run / "signed.onnx")
+    assert use_unsigned(signed) == unsigned_relus(released)
+    save_onnx(signed, run / "signed.onnx")
+    assert (run / "signed.onnx").read_bytes() == (run / "again.onnx").read_bytes()
+    with pytest.raises(QuantizeError, match=r"expected remainder fp32 with unsigned INT8.*; got fp16 at .*model\.onnx"):
+        finish_qdq(draft, arrays, run / "half.onnx")
+
+
+def test_other_targets_get_the_bytes_that_signed_numbers_have(project: Path) -> None:
+    off = ("quantize.method=max", "quantize.search=false", "quantize.sensitivity=false")
+    record, run = ran(project, "signed", *off)
+    ctx = context_of(project, *off)
+    arrays = calibration_arrays(ctx.task, choose_calibration(ctx.task, 8, ctx.recipe.seed))
+    finish_qdq(draft_qdq(run / "export/model.onnx", arrays, method="max"), arrays, run / "again.onnx")
+    assert sha256_file(run / "again.onnx") == record.artifacts["onnx"].sha256
+    assert not unsigned_zeros(run / "again.onnx")
+    assert stage_of(record, "quantize").details["coverage"]["unsigned_relus"] == 0
+    assert SPEEDUP_OVER_FP32 not in {m.name for m in stage_of(record, "quantize").measurements}
+
+
+def test_what_is_not_faster_is_told_with_what_to_do() -> None:
+    assert not_faster(Speedup(value=1.2, low=1.1, high=1.3), "int8") is None
+    slower = not_faster(Speedup(value=0.9, low=0.88, high=0.91), "int8")
+    assert slower is not None
+    assert slower.startswith("INT8 is slower: 0.90 times as fast as FP32 on this machine (95 % interval 0.88 to 0.91)")
+    assert "release in fp32 (-o quantize.precision=fp32)" in slower
+    unknown = not_faster(Speedup(value=1.02, low=0.97, high=1.07), "fp16")
+    assert unknown is not None
+    assert unknown.startswith("FP16 is not measurably faster: 1.02 times")
+
+
+# --- keys and mistakes ------------------------------------------------------------------------------------------------
+
+
 def test_only_a_search_depends_on_the_gate_and_only_weighed_layers_on_the_target(project: Path) -> None:
     def key(*overrides: str) -> str:
-        ctx = make_context(load_recipe(project / "recipe.yaml", list(overrides)), Reporter(quiet=True))
-        return json.dumps(Quantize().key_parts(ctx).config, sort_keys=True)
+        return json.dumps(Quantize().key_parts(context_of(project, *overrides)).config, sort_keys=True)
 
     gate = "gates.accuracy.max_drop=0.1"
     assert key() != key(gate)

@@ -35,8 +35,8 @@ def quantize_by_defaults(onnx_in: Path, arrays: Mapping[str, Any], onnx_out: Pat
     data.unlink()
     if done.returncode != 0 or not onnx_out.is_file():
         raise QuantizeError(
-            f"expected modelopt to quantise {onnx_in.name}; got exit status {done.returncode}:\n"
-            f"{done.stderr[-1000:]}\nrun the command by hand"
+            f"expected modelopt to quantise the model; got exit status {done.returncode} at {onnx_in}:\n"
+            f"{done.stderr[-1000:]}\nrun the command by hand: {' '.join(command[1:])}"
         )
     return onnx_out
 

@@ -63,10 +63,14 @@ def view_of(found: Mapping[str, Any]) -> ExplainView:
     return ExplainView(
         rows=rows[:MOST_FINDINGS],
         more=max(0, len(rows) - MOST_FINDINGS),
-        basis=_measured_basis(found) if here else _predicted_basis(found),
+        basis=" ".join([_measured_basis(found) if here else _predicted_basis(found), *_notes(found)]),
         small=small,
         heading="Takes, so most to win (measured)" if here else "Gain if mended (predicted)",
     )
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    return [f"{note[:1].upper()}{note[1:]}." for note in found.get("notes", ())]
 
 
 def _measured_basis(found: Mapping[str, Any]) -> str:

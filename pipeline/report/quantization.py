@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fusepress.pipeline.evidence import RunRecord
+from fusepress.pipeline.evidence import SPEEDUP_OVER_FP32, RunRecord, StageRecord
 from fusepress.pipeline.report import charts, view
 
 MOST_BARS = 60  # per modality; the table has them all
@@ -85,7 +85,7 @@ def quantization(record: RunRecord) -> Quantization | None:
     precision = str(coverage.get("precision") or ladder.get("precision") or "int8").upper()
     return Quantization(
         precision=precision,
-        facts=_facts(ladder, told, coverage, precision),
+        facts=[*_facts(ladder, told, coverage, precision), *_on_this_machine(stage, coverage)],
         reason=str(ladder.get("reason", "")),
         metric=str(ladder.get("metric", "")),
         trials=[_trial(trial, precision) for trial in ladder.get("trials", [])],
@@ -112,6 +112,19 @@ def _facts(
     if told:
         facts.append((f"output error, all in {precision}", _error(told["everything"])))
         facts.append(("samples of the errors", view.number(told["samples"])))
+    return facts
+
+
+def _on_this_machine(stage: StageRecord, coverage: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the target is a CPU: what was done for its kernels, and what it brought."""
+    facts = []
+    if coverage.get("unsigned_relus"):
+        facts.append(("Relus that integer kernels absorb", view.number(coverage["unsigned_relus"])))
+    faster = next((m for m in stage.measurements if m.name == SPEEDUP_OVER_FP32), None)
+    if faster is not None and faster.low is not None and faster.high is not None:
+        value, low, high = (view.quantity(faster.name, v) for v in (faster.value, faster.low, faster.high))
+        facts.append(("against the same network in FP32", f"{value} ({low} to {high}, measured in turns)"))
+        facts += [("so", faster.note)] if faster.note else []
     return facts
 
 

@@ -188,7 +188,7 @@ def percent(value: float, *, signed: bool = False) -> str:
 def quantity(name: str, value: float) -> str:
     """A measurement's value as its kind of number is read: decimals for metrics, ms, MiB, SI counts."""
     if name.startswith("latency."):
-        return f"{three(value)}{TIMES}" if name == SPEEDUP else f"{three(value)} ms"
+        return f"{three(value)}{TIMES}" if name.startswith(SPEEDUP) else f"{three(value)} ms"
     if name in ("macs", "params"):
         return count(value)
     if name.startswith("size.") and name.endswith("_mib"):

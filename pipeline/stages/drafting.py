@@ -139,6 +139,7 @@ def drafted(
         method="max" if settings.method == "auto" else settings.method,
         exclude=settings.exclude,
         sample_ids=calibration.card.sample_ids,
+        unsigned=ctx.on_host,  # ONNX Runtime has few integer kernels for Q/DQ as TensorRT wants it
     )
     calibration.card = calibration.card.with_ranges(draft.ranges.resampling(ctx.recipe.seed))
     if settings.method != "auto" or not choose:

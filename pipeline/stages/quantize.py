@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fusepress.pipeline.evaluate import Evaluation
-from fusepress.pipeline.evidence import Measurement
+from fusepress.pipeline.evidence import SPEEDUP_OVER_FP32, Measurement
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.stages.drafting import QUANTISED, Calibration, calibrate, drafted, settings_of
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from fusepress.calib.quantize import Draft
     from fusepress.calib.sensitivity import Sensitivity
     from fusepress.export.runtime import OnnxSession
+    from fusepress.targets.latency import Speedup
 
 CARD = "calibration.json"
+FLOATING = "floating.onnx"
+HOST_MEASURE_SECONDS = 2 * common.STAGE_MEASURE_SECONDS  # of two files in turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Quantize:
     """FP16 by autocast, INT8 and FP8 by explicit Q/DQ on a fixed calibration list, under a ladder."""
 
     name = "quantize"
-    version = 3
+    version = 4
     every_rank = False
 
     def skip(self, ctx: Context) -> str | None:
@@ -84,14 +87,72 @@ class Quantize:
         if "masks" in ctx.artifacts:
             details["sparsity"] = confirmed_sparsity(final, ctx)
         artifacts = {"onnx": "model.onnx"}
+        if ctx.on_host:  # to be timed beside the file that comes of it
+            shutil.copyfile(ctx.artifacts["onnx"], out / FLOATING)
+            artifacts["floating_onnx"] = FLOATING
         if made.before_qat:
             shutil.copyfile(ctx.artifacts["float_weights"], out / "weights.safetensors")
             artifacts["weights"] = "weights.safetensors"
         return StageOutput(measurements=measurements, details=details, artifacts=artifacts)
 
     def assess(self, ctx: Context, folder: Path) -> list[Measurement]:
-        """Of the quantised file."""
+        """Of the quantised file; on this host measured in turns with the float32 file that it was made of."""
+        if ctx.on_host and ctx.shas["onnx"] != ctx.shas["floating_onnx"]:
+            return _beside_float(ctx)
         return common.latency_measurements(ctx, ctx.artifacts["onnx"], ctx.final_precision)
+
+
+def _beside_float(ctx: Context) -> list[Measurement]:
+    """Latency, and how many times as fast as in float32 the file is on this machine.
+
+    The release stays what the recipe asks for, whatever the clock says: what a stage writes must not depend on it.
+    """
+    from fusepress.targets.measure import measure_interleaved
+
+    inputs = common.example_inputs(ctx)
+    files = {"fp32": ctx.artifacts["floating_onnx"], "released": ctx.artifacts["onnx"]}
+    runs = {name: common.onnx_session(ctx, path).timed_callable(inputs) for name, path in files.items()}
+    measured = measure_interleaved(runs, max_seconds=HOST_MEASURE_SECONDS)
+    where: dict[str, Any] = {
+        "device": ctx.profile.name,
+        "power_mode": ctx.power_mode,
+        "precision": ctx.final_precision,
+        "artifact_sha256": ctx.shas["onnx"],
+        "runtime": "onnxruntime-cpu",
+    }
+    rows = common.latency_result(measured.runs["released"], **where)
+    faster = measured.speedup("fp32", "released")
+    words = not_faster(faster, ctx.final_precision)
+    if words is not None:
+        ctx.reporter.warn(words)
+    return [
+        *rows,
+        Measurement(
+            name=SPEEDUP_OVER_FP32,
+            value=faster.value,
+            low=faster.low,
+            high=faster.high,
+            unit="x",
+            n=measured.runs["released"].n,
+            kind="measured",
+            batch=1,
+            note=words,
+            **where,
+        ),
+    ]
+
+
+def not_faster(faster: Speedup, precision: str) -> str | None:
+    """What to say and do where a precision does not pay on this machine; None where it does."""
+    if faster.low > 1.0:
+        return None
+    interval = f"95 % interval {faster.low:.2f} to {faster.high:.2f}"
+    found = f"{faster.value:.2f} times as fast as FP32 on this machine ({interval})"
+    how = "slower" if faster.high < 1.0 else "not measurably faster"
+    return (
+        f"{precision.upper()} is {how}: {found}; release in fp32 (-o quantize.precision=fp32), or see what `fusepress "
+        "explain RUN` says of it"
+    )
 
 
 def _half_remainder(ctx: Context) -> bool:
