@@ -297,15 +297,26 @@ def test_the_stage_reconstructs_says_so_and_repeats_itself(project: Path, tmp_pa
     mean = {when: sum(layer[when] for layer in details["reconstructed"]) for when in ("before", "after")}
     assert mean["after"] < mean["before"]
 
+    fractions: list[float] = []
+
+    class Heard(Reporter):
+        def update(self, fraction: float, note: str = "") -> None:
+            fractions.append(fraction)
+
     def again(name: str, *overrides: str) -> bytes:
-        other = make_context(load_recipe(project / "recipe.yaml", overrides), Reporter(quiet=True))
+        other = make_context(load_recipe(project / "recipe.yaml", overrides), Heard(quiet=True))
         other.add_artifact("dense_weights", project / "dense.safetensors")
         for artifact in ("plan", "weights"):
             (found,) = (tmp_path / "run" / "prune").glob({"plan": "*.json", "weights": "*.safetensors"}[artifact])
             other.add_artifact(artifact, found)
         (tmp_path / name).mkdir()
-        Finetune().run(other, tmp_path / name, tmp_path / "work")
+        fractions.clear()
+        Finetune().run(other, tmp_path / name, tmp_path / f"work {name}")
+        assert fractions == sorted(fractions)  # the bar never goes back
         return (tmp_path / name / "finetuned.safetensors").read_bytes()
 
     assert again("same") == (tmp_path / "run" / "finetune" / "finetuned.safetensors").read_bytes()
     assert again("none", "finetune.reconstruct=0") != again("same again")
+    again("trained", "finetune.steps=4")
+    assert len([f for f in fractions if 0 < f < 0.05]) > 2
+    assert [f for f in fractions if 0.05 < f <= 0.8]

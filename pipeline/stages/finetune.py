@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fusepress.pipeline.recovery.contract import FinetuneResult, Look
     from fusepress.pipeline.recovery.early_stop import EarlyStop
 
+RECONSTRUCTING = 0.05  # of the stage, where it reconstructs
+
 
 def check_training(ctx: Context) -> None:
     """Check what the training section needs of this machine, before anything is spent.
@@ -66,7 +68,14 @@ def format_here(config: FinetuneConfig) -> TrainingFormat:
 
 
 def train(
-    ctx: Context, model: Any, config: FinetuneConfig, work: Path, masks: Any = None, *, out: Path | None = None
+    ctx: Context,
+    model: Any,
+    config: FinetuneConfig,
+    work: Path,
+    masks: Any = None,
+    *,
+    out: Path | None = None,
+    done: float = 0.0,
 ) -> dict[str, Any]:
     """Fine-tune in place with the recipe's distillation; returns details for the report.
 
@@ -77,6 +86,7 @@ def train(
         work: for checkpoints and, while training lasts, the files of the recipe's loggers.
         masks: sparsity that holds through training.
         out: where those files end up.
+        done: fraction of the stage that is over.
     """
     from fusepress.pipeline.graph.plan import PrunePlan
     from fusepress.pipeline.recovery.finetune import finetune
@@ -88,7 +98,8 @@ def train(
         eta = f", {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
         loss = sum(progress.losses.values())
         ctx.reporter.update(
-            0.8 * progress.step / max(1, progress.steps), f"step {progress.step}/{progress.steps} loss {loss:.4f}{eta}"
+            done + (0.8 - done) * progress.step / max(1, progress.steps),
+            f"step {progress.step}/{progress.steps} loss {loss:.4f}{eta}",
         )
 
     for name in config.log:
@@ -130,7 +141,7 @@ def _reconstruct(ctx: Context, model: Any, config: FinetuneConfig) -> dict[str, 
             ctx.task,
             config.reconstruct,
             ctx.recipe.seed,
-            progress=lambda done, text: ctx.reporter.update(0.05 * done, text),
+            progress=lambda done, text: ctx.reporter.update(RECONSTRUCTING * done, text),
         )
     )
     broadcast_model_(model)
@@ -205,7 +216,8 @@ class Finetune:
         assert ctx.recipe.finetune is not None
         model = common.current_model(ctx)
         reconstructed = _reconstruct(ctx, model, ctx.recipe.finetune)
-        details = reconstructed | train(ctx, model, ctx.recipe.finetune, work, out=out)
+        done = RECONSTRUCTING if reconstructed else 0.0
+        details = reconstructed | train(ctx, model, ctx.recipe.finetune, work, out=out, done=done)
         common.save_weights(model, out / "finetuned.safetensors")
         accuracy, _ = common.torch_accuracy(ctx, model, 0.8, 0.95)
         measurements = [
