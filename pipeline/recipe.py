@@ -70,9 +70,9 @@ SpreadChoice = Annotated[Literal["equal", "search"] | dict[str, float], BeforeVa
 
 
 class Section(BaseModel):
-    """Base of all recipe sections: frozen, and unknown keys are refused."""
+    """Base of all recipe sections: frozen; unknown keys are refused, and numbers that are none or have no end."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Method = Literal[
