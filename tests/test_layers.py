@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.comparing",
         "pipeline.explaining",
         "pipeline.planning",
+        "pipeline.reference",
         "pipeline.measuring",
         "pipeline.on_device",
         "pipeline.scaffold",

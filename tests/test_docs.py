@@ -1,0 +1,264 @@
+"""What the documents promise: links lead somewhere, commands parse, recipes fit the schema, and (long) all of it runs.
+
+`pytest -m long tests/test_docs.py -rs` runs every command of the front page and of docs/, page by page, and lists those
+that it cannot run with what they need.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from fusepress.pipeline.cli import cli
+from fusepress.pipeline.errors import RecipeError
+from fusepress.pipeline.recipe import Recipe, load_recipe
+from fusepress.pipeline.reference import validate
+from fusepress.targets.fit import read_measurements
+from tests.documents import (
+    NEEDS,
+    PROGRAMS,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    documents,
+    links,
+    masked,
+    not_shown_by,
+    without_blocks,
+)
+
+EVERYWHERE = documents(all_of_them=True)
+PAGES = documents()
+BLOCKS = [block for path in EVERYWHERE for block in blocks(path)]
+TYPED = [block for block in BLOCKS if block.is_commands]
+RECIPES = sorted([*ROOT.glob("examples/*/*.yaml"), *ROOT.glob("pipeline/templates/*.yaml.txt")])
+CUT = re.compile(r"\s*(?:[|&;]{1,2}|>>?|2>).*$")
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _words(command: str) -> list[str]:
+    return shlex.split(command.replace("\\\n", " "), comments=True)
+
+
+def _fusepress(words: list[str], *, whole: bool) -> None:
+    """Parse the words behind `fusepress` as the command line would, and look every override up in the schema.
+
+    Args:
+        words: of the command.
+        whole: whether arguments may not be left out, as they may where a sentence names a verb.
+    """
+    group: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(group, click.Group) and words and not words[0].startswith("-"):
+        found = group.get_command(context, words[0])
+        assert found is not None, words
+        group, words = found, words[1:]
+    try:
+        group.make_context(group.name or "", [*words])
+    except (click.MissingParameter, click.exceptions.NoArgsIsHelpError):
+        assert not whole, words
+    except click.exceptions.Exit:
+        pass  # --help and --version
+    for option, value in itertools.pairwise(words):
+        if option in ("-o", "--override"):
+            _override(value)
+
+
+def _override(text: str) -> None:
+    model = Recipe
+    *sections, last = text.partition("=")[0].split(".")
+    for part in sections:
+        field = model.model_fields.get(part)
+        if field is None:  # a name of the user's: a failure, a metric, a branch
+            return
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        inner = [kind for kind in kinds if hasattr(kind, "model_fields")]
+        if not inner:
+            return
+        model = inner[0]
+    known = last in model.model_fields or sections[-1:] == ["robustness"]
+    assert known, f"{text}: no such key"
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=_name)
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(path: Path) -> None:
+    for target, anchor in links(path):
+        leads_to = (path.parent / target).resolve() if target else path
+        assert leads_to.exists(), target
+        assert not anchor or anchor in anchors(leads_to), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("block", TYPED, ids=lambda block: block.where)
+def test_every_command_is_one_that_can_be_typed(block: Block) -> None:
+    assert block.commands()
+    for command in block.commands():
+        words = _words(CUT.sub("", command.text) if "|" in command.text else command.text)
+        words = words[words.index("nice") + 3 :] if words[0] == "nice" else words
+        while "=" in words[0]:  # a variable for this command
+            words = words[1:]
+        if "fusepress" in words[:6] and words[0] in ("fusepress", "torchrun"):
+            _fusepress(words[words.index("fusepress") + 1 :], whole=True)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), command.text
+        elif words[0] == "python" and words[1] == "-m":
+            assert (ROOT / words[2].replace("fusepress.", "").replace(".", "/")).with_suffix(".py").exists()
+        else:
+            assert words[0] in PROGRAMS, command.text
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=_name)
+def test_every_command_named_in_a_sentence_parses(path: Path) -> None:
+    for text in re.findall(r"`fusepress ([^`]+)`", without_blocks(path)):
+        words = _words(CUT.sub("", text.replace("...", "")))
+        if not any("|" in word for word in words):
+            _fusepress(words, whole=False)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("yaml", "yml")], ids=lambda block: block.where)
+def test_every_piece_of_yaml_fits_what_reads_it(block: Block, tmp_path: Path) -> None:
+    if block.text.startswith("# measured.yaml"):
+        path = tmp_path / "measured.yaml"
+        path.write_text(block.text)
+        assert read_measurements(path).rows
+    elif block.text.startswith("# recipe.yaml") or "task:" in block.text:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block.text)
+        assert load_recipe(path).recipe.task
+    else:
+        validate(block.text)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_name)
+def test_every_recipe_of_the_repository_fits_the_schema(path: Path) -> None:
+    if path.parent.name != "ci":
+        assert load_recipe(path).recipe.task
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda block: block.where)
+def test_every_piece_of_python_imports_what_there_is(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusepress"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_what_cannot_be_run_says_what_it_needs() -> None:
+    assert {block.needs for block in TYPED} - {""} <= set(NEEDS)
+    run = [block for block in TYPED if not block.needs and block.path in PAGES]
+    assert len(run) >= 10, "most of what a reader types has to be run"
+
+
+# ---- the reading itself
+
+
+def test_a_block_without_a_language_is_commands_where_its_first_line_is_one(tmp_path: Path) -> None:
+    page = ROOT / "docs/page.md"  # never written: blocks are made here
+    assert Block(page, 1, "", "", "# first\nfusepress plan r.yaml  # dry run\n").is_commands
+    assert not Block(page, 1, "", "", "DRIVE/image_2/000000.png ...\n").is_commands
+    assert not Block(page, 1, "yaml", "", "task: t\n").is_commands
+    path = tmp_path / "page.md"
+    path.write_text("# A `b` c\n\n```bash needs=device\nfusepress measure RUN\n```\n\n## A b c\n[x](y.md#z)\n")
+    (found,) = blocks(path)
+    assert (found.line, found.language, found.needs) == (4, "bash", "device")
+    assert anchors(path) == {"a-b-c", "a-b-c-1"}
+    assert links(path) == [("y.md", "z")]
+
+
+def test_a_console_block_parts_commands_from_what_they_printed() -> None:
+    block = Block(ROOT / "x.md", 1, "console", "", "$ fusepress a \\\n  b\none\ntwo\n$ echo $?\n3\n")
+    assert [(c.text, c.shown) for c in block.commands()] == [
+        ("fusepress a \\\n  b", ["one", "two"]),
+        ("echo $?", ["3"]),
+    ]
+
+
+def test_what_is_shown_has_to_have_been_printed_in_order() -> None:
+    real = "stage  one  0.75 miou\nnoise\nverdict PASS  1.2 ms\nsha 0a1b2c3d\n"
+    assert not_shown_by(["stage one 0.31 miou", "...", "verdict PASS 3.4 ms", "sha ffff0000"], real) == []
+    assert not_shown_by(["stage ...", "verdict PASS ..."], real) == []
+    assert not_shown_by(["verdict FAIL 1.2 ms"], real) == ["verdict FAIL 1.2 ms"]
+    assert not_shown_by(["verdict PASS 1.2 ms", "noise"], real) == ["noise"]
+    assert masked("a  -1.5e-3 to +2") == masked("a 7 to 8")
+
+
+def test_a_command_that_is_wrong_is_found() -> None:
+    with pytest.raises(click.NoSuchOption):
+        _fusepress(["verify", "B", "--no-such"], whole=True)
+    with pytest.raises(AssertionError):
+        _fusepress(["verify"], whole=True)
+    with pytest.raises(AssertionError, match="no such key"):
+        _fusepress(["compress", "r.yaml", "-o", "prune.mac=0.4"], whole=True)
+    with pytest.raises(RecipeError):
+        validate("prune: {mac: 0.4}")
+
+
+# ---- running it
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages take it for granted: the examples, a recipe, a finished run and an ONNX file of its."""
+    folder = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    _typed(folder, "fusepress init scaffold && mv scaffold/* . && rmdir scaffold")
+    _typed(folder, "fusepress compress recipe.yaml --run runs/NAME -o finetune.steps=20")
+    _typed(folder, "cp runs/NAME/export/model.onnx model.onnx && echo mine > WEIGHTS-LICENSE")
+    return folder
+
+
+def _typed(folder: Path, command: str, before: int = 0) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of a command, with `$?` of the one before it."""
+    return subprocess.run(
+        ["bash", "-c", f"(exit {before})\n{command}"],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def _run(block: Block, folder: Path) -> None:
+    """Run a block; only a command whose exit code is asked for may fail."""
+    before = 0
+    commands = block.commands()
+    for command, after in zip(commands, [*commands[1:], None], strict=True):
+        result = _typed(folder, command.text, before)
+        before = result.returncode
+        asked = after is not None and after.text == "echo $?"
+        assert before == 0 or asked, f"{block.where}: {command.text}\n{result.stdout}"
+        missing = not_shown_by(command.shown, result.stdout)
+        assert not missing, f"{block.where}: {command.text}\nnot printed: {missing}\n{result.stdout}"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("path", [p for p in PAGES if any(b.path == p for b in TYPED)], ids=_name)
+def test_the_commands_of_a_page_do_what_it_says(path: Path, workshop: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    shutil.copytree(workshop, folder, symlinks=True)
+    for block in blocks(path):
+        if block.is_commands and not block.needs:
+            _run(block, folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", [b for b in TYPED if b.needs and b.path in PAGES], ids=lambda block: block.where)
+def test_commands_that_are_not_run(block: Block) -> None:
+    pytest.skip(f"not run, it needs {NEEDS[block.needs]}: {'; '.join(c.text for c in block.commands())}")
