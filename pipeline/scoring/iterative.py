@@ -42,6 +42,7 @@ from fusepress.pipeline.scoring.common import (
 from fusepress.pipeline.scoring.gradients import Passes, Progress, reactivate, silent
 from fusepress.pipeline.scoring.masking import Snapshot, untouched
 from fusepress.pipeline.scoring.norms import score_magnitude
+from fusepress.pipeline.scoring.parking import parked, parked_zeros
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.scoring.selection import blocks_of, kth_smallest
 from fusepress.pipeline.task import LoadedTask
@@ -62,19 +63,22 @@ Training = Callable[[Snapshot], Train]  # what the model was before -> how to tr
 class Rounds:
     """Which units are alive, and the scores of those that went.
 
-    Holds one score a unit, and in bytes whether it is alive and which round it went in.
+    Holds one score a unit, and in bytes whether it is alive and which round it went in: in a file where there are as
+    many units as parameters, until the result is made.
 
     Attributes:
         least: key (a group or a parameter) -> how many units it has, and how many of them never go.
         rounds: R.
         left: k, the share that is alive in the last round.
         like: of the dtype and on the device that scores have.
+        in_file: whether scores and bytes lie in temporary files, on the CPU.
     """
 
     least: Mapping[str, tuple[int, int]]
     rounds: int
     left: float
     like: Tensor
+    in_file: bool = False
 
     def run(self, score: Score, remove: Remove) -> tuple[dict[str, Tensor], list[int]]:
         """Score, remove, and so on.
@@ -88,14 +92,14 @@ class Rounds:
             Key -> one score a unit (n,), and how many units each round scored.
         """
         total = sum(size for size, _ in self.least.values())
-        result = torch.zeros(total, dtype=self.like.dtype, device=self.like.device)
-        alive = torch.ones(total, dtype=torch.bool, device=result.device)
         small = torch.int8 if self.rounds <= torch.iinfo(torch.int8).max else torch.int16
-        gone_in = torch.full_like(alive, self.rounds - 1, dtype=small)
+        result = self._filled(total, 0.0, self.like.dtype)
+        alive = self._filled(total, value=True, dtype=torch.bool)
+        gone_in = self._filled(total, self.rounds - 1, small)
         scores, on = self._by_key(result), self._by_key(alive)
 
         def put(key: str, values: Tensor) -> None:
-            torch.where(on[key], values.flatten().to(result.dtype), scores[key], out=scores[key])
+            torch.where(on[key], values.flatten().to(scores[key]), scores[key], out=scores[key])
 
         counts = []
         for number in range(self.rounds):
@@ -110,7 +114,13 @@ class Rounds:
                     still &= ~drop
                     went.masked_fill_(drop, number)
                 remove(on, number)
-        return self._by_key(raise_later_rounds(result, gone_in, self.rounds)), counts
+        raised = raise_later_rounds(result, gone_in, self.rounds)
+        return self._by_key(torch.empty_like(raised, device=self.like.device).copy_(raised)), counts
+
+    def _filled(self, total: int, value: float, dtype: torch.dtype) -> Tensor:
+        if self.in_file:
+            return parked_zeros(torch.empty(total, dtype=dtype, device="meta")).fill_(value)
+        return torch.full((total,), value, dtype=dtype, device=self.like.device)
 
     def _by_key(self, flat: Tensor) -> dict[str, Tensor]:
         sizes = [size for size, _ in self.least.values()]
@@ -198,7 +208,7 @@ def score_in_rounds(
 ) -> ScoreResult:
     """Any channel method in `config.rounds` rounds; see the module's text.
 
-    Holds one copy of the parameters on top of the method's own.
+    The parameters to set back lie in temporary files, so the peak is the method's own.
 
     Args:
         method: scores all channels of the model as it stands.
@@ -229,7 +239,7 @@ def score_in_rounds(
         if training is not None:
             log.passes += training(snapshot)(holder, number, log.part(number, 1))
 
-    with untouched(model, seed=seed) as snapshot:
+    with untouched(model, seed=seed, copy=parked) as snapshot:
         scores, counts = rounds.run(score, remove)
     progress(1.0, "rounds")
     return channel_result(scores, groups, log.finished(name or config.method, seed, counts))
@@ -271,7 +281,8 @@ def weights_in_rounds(
 ) -> WeightResult:
     """Any weight method in `config.rounds` rounds, as for channels; layers may lose all their weights.
 
-    Holds two copies of the parameters on top of the method's own, and in bytes one of masks and round numbers.
+    What rounds hold (theta, a score a weight, masks and round numbers) lies in temporary files while the method scores,
+    so the peak is the method's own, or the result's one copy.
     """
 
     def score(put: Put, part: Progress) -> dict[str, Any]:
@@ -309,7 +320,7 @@ def _weights_in_rounds(
         if training is not None:
             log.passes += training(snapshot)(holder, number, log.part(number, 1))
 
-    with untouched(model, seed=seed) as snapshot:
+    with untouched(model, seed=seed, copy=parked) as snapshot:
         flat, counts = rounds.run(score, remove)
     progress(1.0, "rounds")
     whole = {key: part.reshape(values[key].shape) for key, part in flat.items()}
@@ -320,7 +331,7 @@ def weight_rounds(values: Mapping[str, Tensor], rounds: int) -> Rounds:
     """Rounds over single weights: no layer is spared."""
     least = {key: (value.numel(), 0) for key, value in values.items()}
     like = next(iter(values.values()))
-    return Rounds(least=least, rounds=rounds, left=WEIGHTS_LEFT, like=like)
+    return Rounds(least=least, rounds=rounds, left=WEIGHTS_LEFT, like=like, in_file=True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -373,8 +384,8 @@ def imp_weights(
 ) -> WeightResult:
     """Iterative magnitude pruning of single weights; see `score_imp`.
 
-    Holds theta and a score a weight, and in bytes a copy of masks, round numbers and what the choice needs. The
-    gradients' copy is not held where SGD trains (Adam holds it, and two more of its own).
+    Holds one copy, the result; what rounds keep lies in temporary files. The gradients' copy is not held where SGD
+    trains (Adam holds it, and two more of its own).
     """
 
     def score(put: Put, part: Progress) -> dict[str, Any]:

@@ -266,15 +266,18 @@ class Snapshot:
         model: whose.
         keep_values: whether parameters are copied. A method that does not change them needs no copy, only their
             checksums, which tell at the end whether the user's own code did.
+        copy: makes the copies, on any device.
 
     Attributes:
         initial: parameter -> its value when the snapshot was taken (theta_init); if not `keep_values`, of those only
             that may change at the moment (`changing`).
     """
 
-    def __init__(self, model: nn.Module, *, keep_values: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, keep_values: bool = True, copy: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> None:
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self.initial: dict[nn.Parameter, Tensor] = {p: p.detach().clone() for p in names} if keep_values else {}
+        self.initial: dict[nn.Parameter, Tensor] = {p: copy(p.detach()) for p in names} if keep_values else {}
         self._checksums = {} if keep_values else {p: (name, _checksum(p)) for p, name in names.items()}
         self._gradients = {p: p.grad for p in names}
         self._trainable = {p: p.requires_grad for p in names}
@@ -345,7 +348,9 @@ def _checksum(tensor: Tensor) -> int:
 
 
 @contextmanager
-def untouched(model: nn.Module, *, seed: int = 0, keep_values: bool = True) -> Iterator[Snapshot]:
+def untouched(
+    model: nn.Module, *, seed: int = 0, keep_values: bool = True, copy: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Iterator[Snapshot]:
     """A context after which the model, and torch's random state, are bit-identical, whatever happened inside.
 
     Inside, the model is in evaluation mode (running statistics frozen, no dropout), every floating-point parameter
@@ -355,11 +360,12 @@ def untouched(model: nn.Module, *, seed: int = 0, keep_values: bool = True) -> I
         model: whose.
         seed: of torch's generators.
         keep_values: whether the body may change any parameter at any time, which takes a copy of them all.
+        copy: makes these copies.
 
     Raises:
         TaskError: parameters changed although they were not kept.
     """
-    snapshot = Snapshot(model, keep_values=keep_values)
+    snapshot = Snapshot(model, keep_values=keep_values, copy=copy)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(seed)

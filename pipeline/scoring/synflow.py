@@ -104,7 +104,7 @@ def score_synflow(
 def synflow_weights(
     model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
 ) -> WeightResult:
-    """SynFlow of single weights: holds a score, a mask and a round a weight."""
+    """SynFlow of single weights: holds the result; scores, masks and round numbers lie in temporary files till then."""
     rounds = config.rounds if config.rounds > 1 else ROUNDS
     values = weights_of(model, task)
     flow = Flow(model=model, task=task, seed=seed, passes=Passes(total=rounds, progress=progress))
@@ -113,7 +113,7 @@ def synflow_weights(
         flow.measure(lambda name, value, slope: put(name, (values[name].abs() if is_bias(name) else value) * slope))
 
     def remove(alive: Mapping[str, Tensor], _number: int) -> None:
-        flow.masks = {name: on.reshape(values[name].shape) for name, on in alive.items()}
+        flow.masks = {name: alive[name].reshape(v.shape).to(v.device) for name, v in values.items()}
 
     with flow.ready():
         flat, counts = weight_rounds(values, rounds).run(score, remove)
