@@ -36,7 +36,7 @@ PROGRAMS = (
     "mkdir",
     "scp",
     "pip",
-    "tar",
+    "printf",
 )
 SHELLS = ("bash", "sh", "console")
 
@@ -159,7 +159,7 @@ def not_shown_by(shown: Sequence[str], real: str) -> list[str]:
 
 
 def masked(line: str) -> str:
-    """A line without its figures, hashes and spacing."""
+    """A line without its figures, hashes, spacing and the length of its rules."""
     plain = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{6,64}\b", "#", line)
     plain = re.sub(r"[+-]?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", "#", plain)
-    return " ".join(plain.split())
+    return " ".join(re.sub("─+", "─", plain).split())
