@@ -34,7 +34,15 @@ from fusepress.pipeline.gates import (
     overall,
     save_baseline,
 )
-from fusepress.pipeline.recipe import GatesConfig, LoadedRecipe, Recipe, ReleaseGate, floor_parts, load_recipe
+from fusepress.pipeline.recipe import (
+    GatesConfig,
+    LoadedRecipe,
+    Recipe,
+    ReleaseGate,
+    failure_parts,
+    floor_parts,
+    load_recipe,
+)
 from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file
 from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import Profile, load_profile
@@ -339,7 +347,8 @@ def _check_names(recipe: Recipe, task: LoadedTask) -> None:
                 raise RecipeError(
                     f"expected `{where}` to name a branch of the task, {[*task.branches, 'fusion']}; got {branch!r}"
                 )
-    for failure in gates.robustness:
+    for key, gate in gates.robustness.items():
+        failure, _ = failure_parts(key, gate)
         if failure not in failures_of(task):
             raise RecipeError(
                 f"expected `gates.robustness` to name a failure, one of {failures_of(task)}; got {failure!r}"
@@ -370,11 +379,19 @@ def _find_checkpoint(loaded: LoadedRecipe, task: LoadedTask) -> Path | None:
 
 
 def preflight(ctx: Context, store: Store) -> None:
-    """Check task and checkpoint on one batch, unless a stored baseline proves that they passed before.
+    """Check task, checkpoint and sensor failures on one batch.
 
     Raises:
         UsageError: with what was expected, what was found and what to do; nothing was written.
     """
+    from fusepress.pipeline.stages.verify import check_failures
+
+    _check_task_and_checkpoint(ctx, store)
+    check_failures(ctx)
+
+
+def _check_task_and_checkpoint(ctx: Context, store: Store) -> None:
+    """Of the dense model, unless a stored baseline proves that it passed before."""
     from fusepress.pipeline.stages import STAGES
     from fusepress.pipeline.stages.drafting import check_calibration
     from fusepress.pipeline.stages.teachers import check_teaching

@@ -89,6 +89,7 @@ Method = Literal[
     "synflow",
     "random",
 ]
+DATA_FREE = frozenset({"magnitude", "group_norm", "lamp", "synflow", "random"})  # criteria that look at weights only
 
 
 class ScoreConfig(Section):
@@ -109,6 +110,8 @@ class ScoreConfig(Section):
         normalise: scores by the sum over their branch (the paper), by their parameter, or by branch and cost.
         aggregate: how weight scores become channel scores: gate (after the norm), abs (sum of |.|), literal (|sum|).
         rounds: score, prune a part, score again; 1 = one shot.
+        robustness: share of the score that is measured with each modality dead in turn, so that what carries the model
+            then is not pruned as redundant; 0: none, 1: nothing else counts (docs/robustness.md).
         candidates: what method auto tries, in order of preference where they tie.
         probe_steps: training steps of each try before it is judged on the calib split.
     """
@@ -124,6 +127,7 @@ class ScoreConfig(Section):
     normalise: Literal["branch", "parameter", "cost"] = "branch"
     aggregate: Literal["gate", "abs", "literal"] = "gate"
     rounds: int = Field(default=1, ge=1)
+    robustness: float = Field(default=0.0, ge=0, le=1)
     candidates: tuple[Method, ...] = Field(default=("taylor", "snip", "altermoma", "group_norm"), min_length=1)
     probe_steps: int = Field(default=20, ge=0)
 
@@ -133,6 +137,15 @@ class ScoreConfig(Section):
         if "auto" in names or len(set(names)) < len(names):
             raise ValueError("expected different methods, none of them auto; name each once")
         return names
+
+    @model_validator(mode="after")
+    def _a_method_that_sees_failures(self) -> ScoreConfig:
+        if self.robustness > 0 and self.method in DATA_FREE:
+            raise ValueError(
+                f"expected a method that reads data with `robustness`; got {self.method}, which looks at weights only "
+                "and scores the same with a dead sensor; take for example taylor, or remove robustness"
+            )
+        return self
 
 
 class DistortionConfig(Section):
@@ -496,12 +509,18 @@ class RobustnessGate(Section):
     Attributes:
         max_extra_drop: largest allowed drop of the primary metric under the failure, beyond what the dense model loses.
         min: least allowed value of the metric under the failure.
-        severity: how hard the sensor fails.
+        severity: how hard the sensor fails; or it is written behind the failure's name, `camera_noise@2`.
     """
 
     max_extra_drop: float = Field(ge=0)
     min: float | None = None
     severity: Literal[1, 2, 3] = 3
+
+
+def failure_parts(name: str, gate: RobustnessGate) -> tuple[str, int]:
+    """Failure and severity of a robustness gate: ("camera_noise", 2) of `camera_noise@2`, else the gate's severity."""
+    failure, separator, level = name.partition("@")
+    return failure, int(level) if separator else gate.severity
 
 
 def floor_parts(name: str) -> tuple[str, str | None]:
@@ -536,6 +555,7 @@ class GatesConfig(Section):
     Attributes:
         floors: metric, metric@stratum (`strata` of the task) or metric@* (each stratum) -> least allowed value (largest
             where less is better).
+        robustness: failure, or failure@severity (1, 2 or 3), -> its limits.
     """
 
     accuracy: AccuracyGate | None = None
@@ -543,6 +563,28 @@ class GatesConfig(Section):
     floors: dict[str, float] = Field(default_factory=dict)
     robustness: dict[str, RobustnessGate] = Field(default_factory=dict)
     release: ReleaseGate | None = None
+
+    @field_validator("robustness")
+    @classmethod
+    def _severities(cls, gates: dict[str, RobustnessGate]) -> dict[str, RobustnessGate]:
+        """A severity is given once, and no failure is judged twice at the same one."""
+        for name, gate in gates.items():
+            _, separator, level = name.partition("@")
+            if separator and level not in ("1", "2", "3"):
+                raise ValueError(
+                    f"expected a severity of 1, 2 or 3 behind the @; got {name!r}; write for example camera_noise@2"
+                )
+            if separator and "severity" in gate.model_fields_set and gate.severity != int(level):
+                raise ValueError(
+                    f"expected one severity; got {level} in {name!r} and severity: {gate.severity}; remove one of them"
+                )
+        seen = [failure_parts(name, gate) for name, gate in gates.items()]
+        twice = [f"{failure}@{severity}" for failure, severity in seen if seen.count((failure, severity)) > 1]
+        if twice:
+            raise ValueError(
+                f"expected every failure and severity once; got {twice[0]} in {twice.count(twice[0])} gates; remove one"
+            )
+        return gates
 
 
 class Recipe(Section):

@@ -12,7 +12,8 @@ import torch
 
 from fusepress.pipeline.corrupt import blank, corrupt, failures_of, watched
 from fusepress.pipeline.errors import RecipeError, TaskError
-from fusepress.pipeline.stages.verify import _tried_here
+from fusepress.pipeline.recipe import Recipe, RobustnessGate
+from fusepress.pipeline.stages.verify import _tried_here, check_failures
 from fusepress.pipeline.task import Batch, LoadedTask, TaskSource
 
 
@@ -52,8 +53,10 @@ def make_batch(ids: tuple[str, ...] = ("a", "b")) -> Batch:
 
 def test_the_defaults_are_listed_by_modality_and_darkness_is_for_cameras() -> None:
     assert failures_of(load(Plain())) == [
-        *("camera_blank", "camera_noise", "camera_half", "camera_dark"),
+        *("camera_blank", "camera_noise", "camera_half", "camera_dark", "camera_bright"),
+        *("camera_lost", "camera_stale", "camera_narrow", "camera_rotate", "camera_shift"),
         *("lidar_blank", "lidar_noise", "lidar_half"),
+        *("lidar_lost", "lidar_stale", "lidar_narrow", "lidar_sparse", "lidar_rotate", "lidar_shift"),
     ]
     assert failures_of(load(object())) == []
 
@@ -168,12 +171,54 @@ def test_a_watched_failure_that_cannot_act_is_left_out_with_the_reason_and_a_gat
 
     user = Task()
     user.inputs_by_modality = {"camera": ["image"], "lidar": ["speed"]}
-    gates = SimpleNamespace(robustness={"camera_blank": SimpleNamespace(severity=2)})
+    gates = SimpleNamespace(robustness={"camera_blank@2": RobustnessGate(max_extra_drop=0.1)})
     context: Any = SimpleNamespace(task=load(user), recipe=SimpleNamespace(gates=gates))
-    assert _tried_here(context) == {"camera_blank": 2, "lidar_blank": 3}
+    assert _tried_here(context) == [("camera_blank", 2), ("lidar_blank", 3)]
     assert "robustness to lidar_half is not looked at: expected an input that lidar_half can act on" in caplog.text
-    gates.robustness |= {name: SimpleNamespace(severity=3) for name in ("lidar_blank", "lidar_half")}
-    assert _tried_here(context) == {"camera_blank": 2, "lidar_blank": 3, "lidar_half": 3}
+    gates.robustness |= {name: RobustnessGate(max_extra_drop=0.1) for name in ("lidar_blank", "lidar_half")}
+    assert _tried_here(context) == [("camera_blank", 2), ("lidar_blank", 3), ("lidar_half", 3)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"prune": {"macs": 0.5}, "score": {"robustness": 0.5}},
+            r"several modalities for score\.robustness; got \['camera'\]",
+        ),
+        (
+            {"finetune": {"modality_dropout": 0.2}},
+            r"several modalities for finetune\.modality_dropout; got \['camera'\]",
+        ),
+        ({"score": {"robustness": 0.5}}, None),  # nothing is scored
+    ],
+)
+def test_a_single_modality_can_neither_be_dropped_nor_scored_without(
+    config: dict[str, Any], message: str | None
+) -> None:
+    task = replace(load(Plain()), branches={"camera": ["camera"]})
+    context: Any = SimpleNamespace(task=task, recipe=Recipe(task="a.py:A", checkpoint="c", **config))
+    if message is None:
+        check_failures(context)
+        return
+    with pytest.raises(RecipeError, match=message):
+        check_failures(context)
+
+
+def test_scores_under_dead_sensors_need_to_know_what_a_dead_one_gives() -> None:
+    class Task(Plain):
+        def batches(self, split: str, seed: int, **share: int) -> list[Batch]:
+            return [make_batch()]
+
+    recipe = Recipe(task="a.py:A", checkpoint="c", prune={"macs": 0.5}, score={"robustness": 0.5})  # type: ignore[arg-type]
+    user = Task()
+    context: Any = SimpleNamespace(task=load(user), recipe=recipe)
+    check_failures(context)
+    user.inputs_by_modality = {"lidar": ["points"]}
+    with pytest.raises(
+        TaskError, match=r"the inputs of \['camera'\] for score\.robustness; got nothing; add for example"
+    ):
+        check_failures(context)
 
 
 def test_an_unknown_failure_names_the_known_ones() -> None:

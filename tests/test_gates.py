@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fusepress.pipeline.errors import StoreError, TaskError
 from fusepress.pipeline.evidence import Artifact, Kind, Measurement, RunRecord, StageRecord, Verdict
@@ -591,6 +592,51 @@ def test_an_absolute_floor_under_a_failure_is_a_verdict_of_its_own() -> None:
     extra, floor = robust(0.40, 0.37, gate=RobustnessGate(max_extra_drop=0.03, min=0.5))
     assert extra.verdict == "PASS"
     assert (floor.gate, floor.verdict, floor.limit) == ("robustness.camera_blank.min", "FAIL", 0.5)
+
+
+def test_one_failure_is_judged_at_several_severities_by_the_name() -> None:
+    replicates = replicates_of(
+        pair(0.60, 0.58, 0.0),
+        failures={("camera_noise", 1): pair(0.50, 0.47, 0.005), ("camera_noise", 3): pair(0.40, 0.20, 0.005)},
+        constant={"miou": 0.1},
+    )
+    gates = GatesConfig.model_validate(
+        {
+            "robustness": {
+                "camera_noise@1": {"max_extra_drop": 0.03, "min": 0.4},
+                "camera_noise": {"max_extra_drop": 0.03},
+            }
+        }
+    )
+    mild, floor, worst = judge(run(), replicates, gates, MIOU)
+    assert (mild.gate, mild.verdict) == ("robustness.camera_noise@1", "PASS")
+    assert mild.value == pytest.approx((0.58 - 0.47) - (0.60 - 0.50))
+    assert "under camera_noise (severity 1)" in mild.why
+    assert (floor.gate, floor.verdict) == ("robustness.camera_noise@1.min", "PASS")
+    assert (worst.gate, worst.verdict) == ("robustness.camera_noise", "FAIL")
+
+
+def test_a_severity_that_was_not_tried_fails_and_says_which_were() -> None:
+    replicates = replicates_of(pair(0.6, 0.6, 0.0), failures={("camera_noise", 3): pair(0.5, 0.5, 0.0)})
+    gates = GatesConfig(robustness={"camera_noise@2": RobustnessGate(max_extra_drop=0.1)})
+    [verdict] = judge(run(), replicates, gates, MIOU)
+    assert verdict.verdict == "FAIL"
+    assert "camera_noise at severity 2 was not tried; tried: camera_noise (severity 3)" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ({"camera_noise@4": {}}, "expected a severity of 1, 2 or 3 behind the @; got 'camera_noise@4'"),
+        ({"camera_noise@": {}}, "expected a severity of 1, 2 or 3 behind the @"),
+        ({"camera_noise@2": {"severity": 1}}, "expected one severity; got 2 in 'camera_noise@2' and severity: 1"),
+        ({"camera_noise@3": {}, "camera_noise": {}}, "every failure and severity once; got camera_noise@3 in 2 gates"),
+    ],
+)
+def test_a_severity_is_given_once(gates: dict[str, dict[str, Any]], message: str) -> None:
+    given = {name: {"max_extra_drop": 0.1, **gate} for name, gate in gates.items()}
+    with pytest.raises(ValidationError, match=message):
+        GatesConfig.model_validate({"robustness": given})
 
 
 @pytest.mark.parametrize(("dense", "blind"), [(0.10, True), (0.08, True), (0.13, True), (0.30, False)])

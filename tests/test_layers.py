@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.evidence",
         "pipeline.gates",
         "pipeline.recipe",
+        "pipeline.sensors",
         "pipeline.store",
         "pipeline.task",
     ),

@@ -340,6 +340,22 @@ def test_modality_dropout_blanks_one_modality_as_often_as_asked(task: LoadedTask
     assert all(int(image.count_nonzero()) > 0 for image in images)
 
 
+def test_the_teacher_shows_what_it_makes_of_the_same_dead_sensor(task: LoadedTask, tmp_path: Path) -> None:
+    student, teacher = toy(task).models()
+    seen = [(watch(model, "camera.0"), watch(model, "lidar.0")) for model in (student, teacher)]
+    config = FinetuneConfig(steps=12, distill=True, modality_dropout=0.6, checkpoint_every=1000)
+    finetune(student, teacher, task, config, seed=3, workdir=tmp_path)
+    for own, taught in zip(*seen, strict=True):
+        taught = taught[-12:]  # it may have been asked about the clean data before
+        assert len(own) == len(taught) == 12
+        assert all(torch.equal(a, b) for a, b in zip(own, taught, strict=True))
+    dead = [
+        int(camera.count_nonzero()) == 0 or int(lidar.count_nonzero()) == 0
+        for camera, lidar in zip(*seen[0], strict=True)
+    ]
+    assert 0 < sum(dead) < 12
+
+
 def test_without_inputs_by_modality_the_branch_is_zeroed(
     task: LoadedTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,8 @@ clean condition and `robustness/<failure>/<severity>/` for a failure:
 * `strata/<label>/...`: all of these but the last for the samples of one stratum, the label percent-encoded.
 
 **Gate names**: `accuracy.<metric>`, `latency.mean_ms`, `latency.p99_ms`, `floors.<metric>`,
-`floors.<metric>@<stratum>`, `robustness.<failure>` (extra drop), `robustness.<failure>.min` (absolute floor),
-`release.<metric>` and `release.latency.mean_ms`.
+`floors.<metric>@<stratum>`, `robustness.<failure>` (extra drop), `robustness.<failure>.min` (absolute floor), with
+`<failure>@<severity>` where the recipe writes it so, `release.<metric>` and `release.latency.mean_ms`.
 """
 
 from __future__ import annotations

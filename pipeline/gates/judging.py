@@ -13,7 +13,7 @@ from fusepress.pipeline.gates.latency import judge_latency
 from fusepress.pipeline.gates.release import Baseline, judge_release
 from fusepress.pipeline.gates.replicates import Direction, Replicates, drop_interval, extra_drop_interval
 from fusepress.pipeline.gates.verdicts import Finding, shown, spread, tell, weighed, without_interval, without_number
-from fusepress.pipeline.recipe import EVERY_STRATUM, GatesConfig, RobustnessGate, floor_parts
+from fusepress.pipeline.recipe import EVERY_STRATUM, GatesConfig, RobustnessGate, failure_parts, floor_parts
 
 
 def judge(
@@ -52,8 +52,8 @@ def judge(
         findings += judge_latency(record, gates.latency)
     for name, limit in gates.floors.items():
         findings += _judge_floor(numbers, name, limit)
-    for failure, gate in gates.robustness.items():
-        findings += _judge_robustness(numbers, failure, gate)
+    for key, robustness in gates.robustness.items():
+        findings += _judge_robustness(numbers, key, robustness)
     if gates.release is not None:
         findings += judge_release(record, usable, reason, gates.release, numbers.direction, baseline)
     verdicts = together(findings)
@@ -157,15 +157,16 @@ def _floor(
     return weighed(gate, limit, found, metric + where, replicates, word="floor" if sign > 0 else "ceiling")
 
 
-def _judge_robustness(numbers: _Numbers, failure: str, gate: RobustnessGate) -> list[Finding]:
-    metric, name = numbers.primary, f"robustness.{failure}"
+def _judge_robustness(numbers: _Numbers, key: str, gate: RobustnessGate) -> list[Finding]:
+    metric, name = numbers.primary, f"robustness.{key}"
+    failure, severity = failure_parts(key, gate)
     missing = numbers.missing(metric)
-    condition = None if numbers.replicates is None else numbers.replicates.failures.get((failure, gate.severity))
+    condition = None if numbers.replicates is None else numbers.replicates.failures.get((failure, severity))
     if missing is None and numbers.replicates is not None:
         if condition is None:
-            tried = [f"{key} (severity {level})" for key, level in sorted(numbers.replicates.failures)]
+            tried = [f"{other} (severity {level})" for other, level in sorted(numbers.replicates.failures)]
             known = ", ".join(tried) or "none"
-            missing = f"{failure} at severity {gate.severity} was not tried; tried: {known}; run again from verify"
+            missing = f"{failure} at severity {severity} was not tried; tried: {known}; run again from verify"
         elif metric not in condition.replicates:
             missing = f"no bootstrap replicates of {metric!r} under {failure}; run again from verify"
         elif len(condition.replicates[metric]) != len(numbers.replicates.clean.replicates[metric]):
@@ -173,7 +174,7 @@ def _judge_robustness(numbers: _Numbers, failure: str, gate: RobustnessGate) -> 
     if missing is not None or numbers.replicates is None or condition is None:
         findings = [without_number(name, gate.max_extra_drop, missing or numbers.reason)]
         return findings if gate.min is None else [*findings, without_number(f"{name}.min", gate.min, missing or "")]
-    findings = [_extra_drop(numbers, numbers.replicates, condition, failure, gate)]
+    findings = [_extra_drop(numbers, numbers.replicates, condition, key, gate)]
     if gate.min is not None:
         sign = numbers.sign(metric)
         findings.append(_floor(f"{name}.min", metric, gate.min, condition, numbers.replicates, sign))
@@ -181,12 +182,13 @@ def _judge_robustness(numbers: _Numbers, failure: str, gate: RobustnessGate) -> 
 
 
 def _extra_drop(
-    numbers: _Numbers, replicates: Replicates, condition: Condition, failure: str, gate: RobustnessGate
+    numbers: _Numbers, replicates: Replicates, condition: Condition, key: str, gate: RobustnessGate
 ) -> Finding:
     """How much more the compressed model loses under the failure than the dense one does."""
-    metric, name, limit = numbers.primary, f"robustness.{failure}", gate.max_extra_drop
+    metric, name, limit = numbers.primary, f"robustness.{key}", gate.max_extra_drop
+    failure, severity = failure_parts(key, gate)
     extra, found = extra_drop_interval(replicates, condition, metric, numbers.direction[metric])
-    what = f"under {failure} (severity {gate.severity}) the compressed model's extra drop of {metric}"
+    what = f"under {failure} (severity {severity}) the compressed model's extra drop of {metric}"
     if found is None:
         return without_interval(name, limit, extra, what)
     blind = _says_nothing(replicates, condition, metric, numbers.sign(metric))

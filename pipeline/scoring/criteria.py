@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fusepress.pipeline.errors import RecipeError, StageError
-from fusepress.pipeline.recipe import ScoreConfig
+from fusepress.pipeline.recipe import DATA_FREE, ScoreConfig
 from fusepress.pipeline.scoring.altermoma import Grouped, score_altermoma, weight_scores
 from fusepress.pipeline.scoring.common import ChannelMethod, WeightMethod, WeightResult
 from fusepress.pipeline.scoring.gradients import Progress, silent
@@ -27,6 +27,7 @@ from fusepress.pipeline.scoring.norms import (
 )
 from fusepress.pipeline.scoring.prospr import prospr_weights, score_prospr
 from fusepress.pipeline.scoring.result import ScoreResult
+from fusepress.pipeline.scoring.robust import channels_under_failures, weights_under_failures
 from fusepress.pipeline.scoring.sensitivity import score_snip, score_taylor, snip_weights, taylor_weights
 from fusepress.pipeline.scoring.synflow import score_synflow, synflow_weights
 from fusepress.pipeline.task import LoadedTask
@@ -88,6 +89,8 @@ def score_channels(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     method = _chosen(METHODS, config)
+    if _sees_failures(config):
+        method = channels_under_failures(method)
     result: ScoreResult
     if config.rounds > 1 and config.method not in OWN_ROUNDS:
         result = score_in_rounds(method, model, task, graph, config, seed=seed, progress=progress)
@@ -125,6 +128,8 @@ def score_weights(
         TrainingError: a loss or gradient is NaN or infinite.
     """
     method = _chosen(WEIGHT_METHODS, config)
+    if _sees_failures(config):
+        method = weights_under_failures(method)
     result: WeightResult
     if config.rounds > 1 and config.method not in OWN_ROUNDS:
         result = weights_in_rounds(method, model, task, config, seed=seed, progress=progress)
@@ -137,6 +142,11 @@ def score_weights(
                 "checkpoint for NaN weights"
             )
     return result
+
+
+def _sees_failures(config: ScoreConfig) -> bool:
+    """Whether scores change when a sensor is dead; those of the weights alone do not (`auto` may try such a one)."""
+    return config.robustness > 0 and config.method not in DATA_FREE
 
 
 def _chosen(methods: Mapping[str, Callable[..., Any]], config: ScoreConfig) -> Callable[..., Any]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusepress.pipeline.corrupt import corrupt, watched
+from fusepress.pipeline.corrupt import blank, check_failure, failing, watched
 from fusepress.pipeline.distributed import is_main
-from fusepress.pipeline.errors import FusepressError, TaskError
+from fusepress.pipeline.errors import FusepressError, RecipeError, TaskError
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import Kind, Measurement
 from fusepress.pipeline.gates import Condition, Replicates, Stats, compare, save_replicates
+from fusepress.pipeline.recipe import failure_parts
 from fusepress.pipeline.stages import common
 from fusepress.pipeline.stages.base import Context, StageOutput, key_parts
 from fusepress.pipeline.stages.parts import predicted_parts
@@ -30,27 +31,69 @@ WORST = 3  # severity
 Pairs = dict[tuple[str, int], tuple[Evaluation, Evaluation]]
 
 
-def _tried(ctx: Context) -> dict[str, int]:
-    """Failures with their severity: those that gates name, and those that every compressed model is looked at under."""
-    gates = {name: gate.severity for name, gate in ctx.recipe.gates.robustness.items()}
-    return dict(sorted((dict.fromkeys(watched(ctx.task), WORST) | gates).items()))
+def check_failures(ctx: Context) -> None:
+    """Check what the recipe asks of failed sensors on the first eval batch, before anything is spent.
+
+    Raises:
+        UsageError: a gate's failure cannot act on the task's inputs, or there is no modality that could be dropped.
+    """
+    for failure, severity in _gated(ctx):
+        check_failure(ctx.task, failure, severity)
+    recipe = ctx.recipe
+    scored = recipe.prune is not None and recipe.score.robustness > 0
+    dropped = recipe.finetune is not None and recipe.finetune.modality_dropout > 0
+    if (scored or dropped) and len(ctx.task.branches) < 2:
+        raise RecipeError(
+            f"expected several modalities for {'score.robustness' if scored else 'finetune.modality_dropout'}; got "
+            f"{list(ctx.task.branches)}; remove it"
+        )
+    if scored:
+        _check_blanks(ctx)
 
 
-def _tried_here(ctx: Context) -> dict[str, int]:
-    """Those of `_tried` that can act on the task's samples; the log says why one that no gate names cannot."""
+def _check_blanks(ctx: Context) -> None:
+    """Scoring needs to know what a dead sensor gives; fine-tuning can silence a branch instead."""
     from fusepress.pipeline.task import cut_batch, first_batch
 
-    tried = _tried(ctx)
-    if tried.keys() <= ctx.recipe.gates.robustness.keys():  # what is wrong with those ends the stage
-        return tried
-    sample = cut_batch(first_batch(ctx.task, "eval"), 1)
-    for failure in sorted(tried.keys() - ctx.recipe.gates.robustness.keys()):
+    sample = cut_batch(first_batch(ctx.task, "train"), 1)
+    missing = [modality for modality in ctx.task.branches if blank(ctx.task, sample, modality) is None]
+    if missing:
+        raise TaskError(
+            f"expected {ctx.task.name}.inputs_by_modality to name the inputs of {missing} for score.robustness; got "
+            f'nothing; add for example inputs_by_modality = {{"{missing[0]}": {[next(iter(sample.inputs))]}}}'
+        )
+
+
+def _gated(ctx: Context) -> list[tuple[str, int]]:
+    return [failure_parts(key, gate) for key, gate in ctx.recipe.gates.robustness.items()]
+
+
+def _tried(ctx: Context) -> list[tuple[str, int]]:
+    """Failures and severities: those that gates name, and those that every compressed model is looked at under."""
+    gated = _gated(ctx)
+    named = {failure for failure, _ in gated}
+    return sorted([*gated, *((failure, WORST) for failure in watched(ctx.task) if failure not in named)])
+
+
+def _tried_here(ctx: Context) -> list[tuple[str, int]]:
+    """Those of `_tried` that can act on the task's samples; the log says why one that no gate names cannot."""
+    gated, found = _gated(ctx), []
+    for failure, severity in _tried(ctx):
         try:
-            corrupt(ctx.task, sample, failure, tried[failure])
+            if (failure, severity) not in gated:  # what is wrong with those was said before the first stage
+                check_failure(ctx.task, failure, severity)
+            found.append((failure, severity))
         except FusepressError as error:
             logger.warning("robustness to %s is not looked at: %s", failure, error)
-            del tried[failure]
-    return tried
+    return found
+
+
+def _failures_key(tried: Sequence[tuple[str, int]]) -> dict[str, int | list[int]]:
+    """Failure -> severity, or several."""
+    levels: dict[str, list[int]] = {}
+    for failure, severity in tried:
+        levels.setdefault(failure, []).append(severity)
+    return {failure: found[0] if len(found) == 1 else found for failure, found in levels.items()}
 
 
 def _rows_of_strata(evaluation: Evaluation) -> dict[str, list[int]]:
@@ -106,7 +149,7 @@ class Verify:
             self,
             config={
                 "replicates": ctx.recipe.verify.replicates,
-                "failures": _tried(ctx),
+                "failures": _failures_key(_tried(ctx)),
                 "precision": ctx.final_precision,
                 "seed": ctx.recipe.seed,
                 "host": ctx.on_host,
@@ -162,15 +205,11 @@ class Verify:
         """Dense and compressed under each failure, on the same corrupted samples."""
         pairs: Pairs = {}
         tried = _tried_here(ctx)
-        for index, (failure, severity) in enumerate(tried.items()):
-            ctx.reporter.update(0.3 + 0.4 * index / len(tried), f"failure {failure}")
-
-            def broken(batch: Any, failure: str = failure, severity: int = severity) -> Any:
-                return corrupt(ctx.task, batch, failure, severity)
-
+        for index, (failure, severity) in enumerate(tried):
+            ctx.reporter.update(0.3 + 0.4 * index / len(tried), f"failure {failure}@{severity}")
             pairs[failure, severity] = (
-                evaluate(ctx.task, dense, "eval", corrupt=broken),
-                evaluate(ctx.task, compressed, "eval", corrupt=broken),
+                evaluate(ctx.task, dense, "eval", corrupt=failing(ctx.task, failure, severity)),
+                evaluate(ctx.task, compressed, "eval", corrupt=failing(ctx.task, failure, severity)),
             )
         return pairs
 
