@@ -43,7 +43,7 @@ from fusepress.pipeline.recipe import (
     floor_parts,
     load_recipe,
 )
-from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file
+from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file, sha256_tree
 from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import Profile, load_profile
 
@@ -141,11 +141,12 @@ def _lead(ctx: Context, folder: Path, from_stage: str | None, command: str) -> O
     with distributed.alone():
         _refuse_foreign_folder(folder)
         preflight(ctx, Store(folder.parent / ".store"))
-        record = new_record(ctx, folder, command)
+        record, recipe_json = new_record(ctx, folder, command), _recipe_json(ctx.loaded, folder)
+        record.recipe_json_sha256 = hashlib.sha256(recipe_json.encode()).hexdigest()
         previous = _previous(folder)
     worked = run_stages(ctx, STAGES, record, folder, from_stage=from_stage)
-    atomic_write_text(folder / RECIPE_JSON, _recipe_json(ctx.loaded, folder))
-    judge_run(record, folder, run_recipe(folder).gates)
+    atomic_write_text(folder / RECIPE_JSON, recipe_json)
+    judge_run(record, folder, run_recipe(folder, record).gates)
     _explain_quietly(ctx, folder, worked=worked)
     _write_reports(record, folder, previous, worked=worked)
     return Outcome(record=record, folder=folder, worked=worked)
@@ -479,8 +480,27 @@ def judge_run(record: RunRecord, folder: Path, gates: GatesConfig) -> None:
 
 
 def _replicates(record: RunRecord, folder: Path) -> Replicates | None:
-    stored = record.artifacts.get("replicates")
-    return None if stored is None else load_replicates(folder / stored.path)
+    path = _artifact(record, folder, "replicates")
+    return None if path is None else load_replicates(path)
+
+
+def _artifact(record: RunRecord, folder: Path, name: str) -> Path | None:
+    """A file of the run, as the run recorded it; None where it made none.
+
+    Raises:
+        StoreError: its bytes are others.
+    """
+    stored = record.artifacts.get(name)
+    if stored is None:
+        return None
+    path = folder / stored.path
+    if not path.exists() or sha256_tree(path) != stored.sha256:
+        found = "other bytes" if path.exists() else "no file"
+        raise StoreError(
+            f"expected the {name} that the run recorded; got {found} at {path}; run `fusepress compress` again: it "
+            "restores the file from the store"
+        )
+    return path
 
 
 def _stored_release(folder: Path, gate: ReleaseGate | None) -> Baseline | None:
@@ -546,12 +566,21 @@ def _recipe_json(loaded: LoadedRecipe, folder: Path) -> str:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
-def run_recipe(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run folder was made from, with overrides."""
+def run_recipe(folder: Path, record: RunRecord, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run folder was made from, with overrides.
+
+    Raises:
+        StoreError: it is missing, or not the one that the run recorded.
+    """
     path = folder / RECIPE_JSON
     if not path.exists():
         raise StoreError(
             f"expected {RECIPE_JSON} in the run folder; got none at {folder}; run `fusepress compress` again"
+        )
+    if record.recipe_json_sha256 not in (None, sha256_file(path)):
+        raise StoreError(
+            f"expected the recipe that the run recorded; got other bytes at {path}; change the recipe itself and run "
+            "`fusepress compress` again, or try another budget with `fusepress gate RUN -o KEY=VALUE`"
         )
     return load_recipe(path, overrides).recipe
 
@@ -570,7 +599,7 @@ def gate(run: str | Path, *, overrides: Sequence[str] = (), baseline: str | Path
     """
     folder = Path(run)
     record = _finished(folder)
-    gates = run_recipe(folder, overrides).gates
+    gates = run_recipe(folder, record, overrides).gates
     if baseline is not None and gates.release is not None:
         release = gates.release.model_copy(update={"file": str(Path(baseline).absolute())})
         gates = gates.model_copy(update={"release": release})
@@ -595,7 +624,7 @@ def update_baseline(run: str | Path, baseline: str | Path | None = None) -> tupl
     """
     folder = Path(run)
     record = _finished(folder)
-    release = run_recipe(folder).gates.release
+    release = run_recipe(folder, record).gates.release
     named = baseline if baseline is not None or release is None else _beside(folder, release.file)
     if named is None:
         raise UsageError(
@@ -854,7 +883,8 @@ def _measure_run(
     record = read_run(folder)
     if "onnx" not in record.artifacts or record.stage("verify") is None:
         raise StoreError(f"expected a finished run; got one without an ONNX artifact at {folder}; run compress again")
-    precision = record.final_precision
+    path, precision = _artifact(record, folder, "onnx"), record.final_precision
+    assert path is not None
     if device is not None:
         from fusepress.pipeline.on_device import measure_run_there
 
@@ -864,7 +894,6 @@ def _measure_run(
         )
     else:
         mode = record.target_profile.get("power_mode") if record.target == HOST else None
-        path = folder / record.artifacts["onnx"].path
         measurements, environment = measure_onnx(path, HOST, mode, precision, seconds, arrivals)
         if parts is not None:
             measurements += measure_parts(path, record.task["branches"], HOST, mode, precision, seconds)
@@ -876,7 +905,7 @@ def _measure_run(
     verify.measurements = [
         m for m in verify.measurements if not ((m.name, m.device) in places and m.kind == "measured")
     ] + measurements
-    judge_run(record, folder, run_recipe(folder).gates)
+    judge_run(record, folder, run_recipe(folder, record).gates)
     write_reports(folder)
     return Measured(
         measurements=measurements,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +100,12 @@ class Artifact(Strict):
 
 
 class RunRecord(Strict):
-    """run.json, schema 1: everything that gates, reports and outside tools read."""
+    """run.json, schema 1: everything that gates, reports and outside tools read.
+
+    Attributes:
+        recipe_json_sha256: hash of recipe.json beside it, whose gates judge the run; None in runs of before.
+        sha256: of the file's text without this key, which is its last; a figure that changed on the disk is none.
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     name: str
@@ -107,6 +114,7 @@ class RunRecord(Strict):
     verdict: GateVerdict | None = None
     why: str = ""
     recipe_sha256: str
+    recipe_json_sha256: str | None = None
     task_sha256: str
     checkpoint_sha256: str
     seed: int
@@ -117,6 +125,7 @@ class RunRecord(Strict):
     stages: list[StageRecord] = Field(default_factory=list)
     artifacts: dict[str, Artifact] = Field(default_factory=dict)
     released: str | None = None
+    sha256: str | None = Field(default=None, exclude=True)
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -138,8 +147,15 @@ class RunRecord(Strict):
         return self.asked_precision if made is None else str(made)
 
     def to_json(self) -> str:
-        """Stable JSON text."""
-        return self.model_dump_json(by_alias=True, indent=1, exclude_none=True) + "\n"
+        """Stable JSON text, with its hash as the last key."""
+        plain = self.model_dump_json(by_alias=True, indent=1, exclude_none=True)
+        return f'{plain[:-2]},\n "sha256": "{hashlib.sha256(plain.encode()).hexdigest()}"\n}}\n'
+
+
+def _as_written(text: str) -> bool:
+    """Whether the text of a run.json gives the hash that it ends with."""
+    end = re.search(r',\n "sha256": "([0-9a-f]{64})"\n}\n\Z', text)
+    return end is not None and hashlib.sha256(f"{text[: end.start()]}\n}}".encode()).hexdigest() == end[1]
 
 
 def read_run(run: Path) -> RunRecord:
@@ -147,11 +163,12 @@ def read_run(run: Path) -> RunRecord:
 
     Raises:
         UsageError: there is none.
-        StoreError: it is damaged or of another schema.
+        StoreError: it is damaged, of another schema, or cannot be read.
     """
     path = run / RUN_JSON
     try:
-        return RunRecord.model_validate_json(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        record = RunRecord.model_validate_json(text)
     except FileNotFoundError as error:
         raise UsageError(
             f"expected a run folder with {RUN_JSON}; got none at {run}; name a folder that `fusepress compress` made"
@@ -162,3 +179,13 @@ def read_run(run: Path) -> RunRecord:
             f"expected {RUN_JSON} of schema {SCHEMA}; got a file that does not fit at {path} ({first}); "
             "run `fusepress compress` again"
         ) from error
+    except OSError as error:
+        raise StoreError(
+            f"expected to read {RUN_JSON}; got {error.strerror} at {path}; run `fusepress compress` again"
+        ) from error
+    if record.sha256 is not None and not _as_written(text):
+        raise StoreError(
+            f"expected {RUN_JSON} as it was written; got other bytes at {path}; run `fusepress compress` again: the "
+            "figures are in the store"
+        )
+    return record

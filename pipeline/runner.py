@@ -13,7 +13,6 @@ import signal
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -176,30 +175,27 @@ def _assess(ctx: Context, stage: Stage, record: StageRecord, store: Store, key: 
         tools=tool_versions("onnx", "onnxruntime-gpu", "fusepress"),
     )
     latency_key = content_key(parts)
-    entry = None if force else store.get(latency_key, ctx.reporter.warn)
-    made = entry is None
-    if entry is None:
-        aside = store.root / f"aside-{uuid.uuid4().hex[:12]}"
-        work = store.work_folder(latency_key)
-        try:
-            rows = stage.assess(ctx, work)
-            aside.mkdir(parents=True)
-            entry = store.commit(latency_key, aside, _payload(StageOutput(measurements=rows)))
-        except OSError as error:
-            raise disk_error(error, aside) from error
-        finally:
-            store.discard_work(latency_key)
-            shutil.rmtree(aside, ignore_errors=True)
+    with store.locked(latency_key):
+        entry = None if force else store.get(latency_key, ctx.reporter.warn)
+        made = entry is None
+        if entry is None:
+            work, aside = store.work_folder(latency_key), store.aside(latency_key)
+            try:
+                rows = stage.assess(ctx, work)
+                entry = store.commit(latency_key, aside, _payload(StageOutput(measurements=rows)))
+            except OSError as error:
+                raise disk_error(error, aside) from error
+            finally:
+                store.discard_work(latency_key)
+                shutil.rmtree(aside, ignore_errors=True)
     record.measurements += [Measurement.model_validate(m) for m in entry.payload["measurements"]]
     return made and bool(record.measurements)
 
 
 def _make(ctx: Context, stage: Stage, store: Store, key: str, label: str) -> Entry:
-    work = store.work_folder(key)
-    aside = store.root / f"aside-{uuid.uuid4().hex[:12]}"
+    work, aside = store.work_folder(key), store.aside(key)
     ctx.reporter.begin(stage.name, label)
     try:
-        aside.mkdir(parents=True)
         started = time.monotonic()
         with nullcontext() if stage.every_rank else alone():
             output = stage.run(ctx, aside, work)

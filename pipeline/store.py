@@ -13,17 +13,17 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fusepress.pipeline.errors import StoreError
 
 MANIFEST = "stage.json"
 KEY_SCHEMA = 1
+MANIFEST_SCHEMA = 2  # 1 had no hash of its own, and is still read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +93,17 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StoreError: the disk is full or the folder is not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 
@@ -132,7 +133,7 @@ def folder_lock(folder: Path, *, wait: bool = False, purpose: str = "run") -> It
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+")
+        handle = (folder / ".lock").open("a+b", buffering=0)
     except OSError as error:
         raise disk_error(error, folder / ".lock") from error
     with handle:
@@ -140,21 +141,22 @@ def folder_lock(folder: Path, *, wait: bool = False, purpose: str = "run") -> It
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             handle.seek(0)
-            owner = handle.read().strip() or "another process"
+            owner = handle.read().decode(errors="replace").strip() or "another process"
             raise StoreError(
                 f"expected to be alone in the {purpose} folder; got {owner} at work in {folder}; wait for it, or "
                 "give this run another folder with --run"
             ) from error
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"process {os.getpid()}")
-        handle.flush()
+        _name_owner(handle, f"process {os.getpid()}")
         try:
             yield
         finally:
-            handle.seek(0)
-            handle.truncate()
-            handle.flush()
+            _name_owner(handle, "")
+
+
+def _name_owner(handle: IO[bytes], owner: str) -> None:
+    with contextlib.suppress(OSError):  # the lock holds without its holder's name, which a full disk has no room for
+        handle.truncate(0)
+        handle.write(owner.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,23 +185,36 @@ class Store:
         return self.root / key
 
     def get(self, key: str, warn: Callable[[str], None] = lambda _: None) -> Entry | None:
-        """The verified result of a key; a damaged one is removed, told and counts as absent."""
+        """The verified result of a key; a damaged one is removed, told by the file and counts as absent."""
         path = self.entry_path(key)
-        manifest = path / MANIFEST
-        if not manifest.is_file():
+        if not (path / MANIFEST).is_file():
             return None
         try:
-            stored = json.loads(manifest.read_text())
-            files: dict[str, str] = stored["files"]
-            damaged = [name for name, sha in files.items() if not _intact(path / name, sha)]
-            payload = stored["payload"]
-        except (ValueError, KeyError, TypeError):
-            damaged, files, payload = [MANIFEST], {}, {}
-        if damaged:
-            warn(f"the stored result {key[:12]} is damaged ({damaged[0]}); it is removed and made again")
-            shutil.rmtree(path, ignore_errors=True)
-            return None
-        return Entry(path=path, files=files, payload=payload)
+            stored = _read_manifest(path / MANIFEST, key)
+        except (OSError, ValueError) as error:
+            return self._damaged(key, f"{MANIFEST}: {error}", warn)
+        files: dict[str, str] = stored["files"]
+        wrong = next((name for name, sha in files.items() if not _intact(path / name, sha)), None)
+        if wrong is not None:
+            return self._damaged(key, wrong, warn)
+        return Entry(path=path, files=files, payload=stored["payload"])
+
+    def _damaged(self, key: str, what: str, warn: Callable[[str], None]) -> None:
+        warn(f"the stored result {key[:12]} is damaged ({what}); it is removed and made again")
+        shutil.rmtree(self.entry_path(key), ignore_errors=True)
+
+    def aside(self, key: str) -> Path:
+        """A new folder for the outputs of a key, which its holder alone makes (see `locked`).
+
+        Raises:
+            StoreError: the store is not writable.
+        """
+        path = self.root / f"aside-{key}-{uuid.uuid4().hex[:8]}"
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return path
 
     def work_path(self, key: str) -> Path:
         """Where the folder for an unfinished stage lies."""
@@ -227,23 +242,47 @@ class Store:
             for p in sorted(outputs.rglob("*"))
             if p.is_file() and p.name != MANIFEST
         }
-        text = json.dumps({"schema": KEY_SCHEMA, "key": key, "files": files, "payload": payload}, indent=1)
-        atomic_write_text(outputs / MANIFEST, text)
-        path = self.entry_path(key)
-        shutil.rmtree(path, ignore_errors=True)
+        body = {"schema": MANIFEST_SCHEMA, "key": key, "files": files, "payload": payload}
+        atomic_write_text(outputs / MANIFEST, json.dumps(body | {"sha256": _manifest_sha256(body)}, indent=1))
+        path, before = self.entry_path(key), self.root / f"aside-{key}-{uuid.uuid4().hex[:8]}"
+        if path.exists():
+            path.rename(before)  # whoever is killed here has lost one result, and not half a folder of it
         outputs.rename(path)
+        shutil.rmtree(before, ignore_errors=True)
         return Entry(path=path, files=files, payload=dict(payload))
 
     def discard_work(self, key: str) -> None:
         """Remove the work folder of a finished stage."""
         shutil.rmtree(self.work_path(key), ignore_errors=True)
 
-    def forget_asides(self, older_than_s: float = 86400) -> None:
-        """Remove half-written outputs of processes that died long ago."""
+    def forget_asides(self) -> None:
+        """Remove half-written outputs of dead processes: those of keys that nobody holds, whatever the clock says."""
         for path in self.root.glob("aside-*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > older_than_s:
-                    shutil.rmtree(path, ignore_errors=True)
+            key = path.name.split("-")[1]
+            with contextlib.suppress(StoreError), folder_lock(self.root / "locks" / key, purpose="store"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_manifest(path: Path, key: str) -> dict[str, Any]:
+    """The manifest of a key.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict) or not isinstance(stored.get("files"), dict):
+        raise ValueError("no manifest")
+    sha256 = stored.pop("sha256", None)
+    if stored.keys() != {"schema", "key", "files", "payload"} or stored["key"] != key:
+        raise ValueError("the manifest of another key")
+    if (stored["schema"], sha256) not in ((KEY_SCHEMA, None), (MANIFEST_SCHEMA, _manifest_sha256(stored))):
+        raise ValueError("other bytes than were written")
+    return stored
+
+
+def _manifest_sha256(body: Mapping[str, Any]) -> str:
+    read_back = json.loads(json.dumps(body))  # keys that were numbers are text then, and sort as text
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _intact(path: Path, sha: str) -> bool:
@@ -252,6 +291,8 @@ def _intact(path: Path, sha: str) -> bool:
 
 def place(entry: Entry, folder: Path) -> None:
     """Make `folder` hold exactly the files of a store entry; a folder that already does is left alone."""
+    for left in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.exists() else set()
     if present == set(entry.files) and all(_intact(folder / name, sha) for name, sha in entry.files.items()):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,33 @@ def test_a_damaged_store_is_mended(tmp_path: Path) -> None:
     _run(tmp_path / "r", again)
     assert all(stage.calls for stage in again)
     assert (tmp_path / "r/second/text.txt").read_text() == "one two"
+
+
+def test_a_changed_byte_of_run_json_is_found_wherever_it_is(tmp_path: Path) -> None:
+    _run(tmp_path / "r", _stages())
+    path = tmp_path / "r/run.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x01  # 4 words become 5, for one
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"got (other bytes|a file that does not fit) at .*run\.json"):
+            read_run(tmp_path / "r")
+    path.write_bytes(content)
+    again = read_run(tmp_path / "r")
+    assert again.to_json().encode() == content
+    path.write_text("\n".join(line for line in content.decode().splitlines() if '"sha256"' not in line)[:-3] + "}")
+    assert read_run(tmp_path / "r").stages == again.stages, "one of before had no hash"
+
+
+def test_two_runs_that_time_the_same_model_wait_for_each_other(tmp_path: Path) -> None:
+    """Both would make the same entry of the store, and one of them would find it in its way."""
+    stages = [_stages(), _stages()]
+    _run(tmp_path / "first", _stages())
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(_run, tmp_path / f"r{i}", stages[i], target="timed") for i in range(2)]
+        assert [run.result()[0].stages[1].status for run in runs]
+    assert sum(stage.timed for stage in [*stages[0], *stages[1]]) == 2, "each stage once"
 
 
 def test_run_json_is_schema_1(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,6 +97,77 @@ def test_a_damaged_result_is_told_removed_and_absent(tmp_path: Path, damage: str
     assert store.get("k", told.append) is None
     assert "damaged" in told[0]
     assert not (tmp_path / "k").exists()
+
+
+def test_any_changed_byte_of_a_result_is_found_and_the_file_named(tmp_path: Path) -> None:
+    """Of the manifest too: it holds the figures that gates judge."""
+    store = Store(tmp_path)
+    _commit(store, "k")
+    whole = {p.relative_to(tmp_path / "k"): p.read_bytes() for p in (tmp_path / "k").rglob("*") if p.is_file()}
+    for name, content in whole.items():
+        for place_of in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place_of] ^= 0x04
+            (tmp_path / "k" / name).write_bytes(damaged)
+            told: list[str] = []
+            if store.get("k", told.append) is not None:
+                assert json.loads(damaged) == json.loads(content), "but for its spaces"
+                (tmp_path / "k" / name).write_bytes(content)
+                continue
+            assert f"({name}" in told[0]
+            _commit(store, "k")
+
+
+def test_a_manifest_of_before_is_still_read_and_none_can_pass_for_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _commit(store, "k")
+    path = tmp_path / "k" / "stage.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "schema": 1}))
+    assert store.get("k") is None
+    _commit(store, "k")
+    del stored["sha256"]
+    path.write_text(json.dumps({**stored, "schema": 1}))
+    assert store.get("k") is not None
+
+
+def test_a_payload_whose_keys_are_numbers_is_read_back(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.commit("k", store.aside("k"), {"details": {10: "ten", 2: ("two", 0.1)}})
+    entry = store.get("k")
+    assert entry is not None
+    assert entry.payload == {"details": {"10": "ten", "2": ["two", 0.1]}}
+
+
+def test_a_result_that_is_made_again_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for text in ("one", "two"):
+        _commit(store, "k", text)
+    assert (tmp_path / "k/a.txt").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+
+
+def test_what_dead_processes_left_goes_and_what_others_make_stays(tmp_path: Path) -> None:
+    """Whatever the clock says: a folder from the year 2100 goes, one of 1990 whose key is held stays."""
+    store = Store(tmp_path)
+    dead, alive = store.aside("dead"), store.aside("alive")
+    os.utime(dead, (4_102_444_800, 4_102_444_800))
+    os.utime(alive, (631_152_000, 631_152_000))
+    with store.locked("alive"):
+        store.forget_asides()
+        assert [dead.exists(), alive.exists()] == [False, True]
+    store.forget_asides()
+    assert not alive.exists()
+
+
+def test_what_a_process_left_that_was_killed_while_placing_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    _commit(store, "k")
+    entry = store.get("k")
+    assert entry is not None
+    (tmp_path / ".stage.0123abcd").mkdir()
+    place(entry, tmp_path / "stage")
+    assert {p.name for p in tmp_path.iterdir()} == {"store", "stage"}
 
 
 def test_placing_again_restores_what_was_changed_in_the_run_folder(tmp_path: Path) -> None:
