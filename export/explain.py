@@ -92,6 +92,25 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """One kernel of the model, in running order.
+
+    Attributes:
+        name: of the ONNX node, or the first of those that it fuses.
+        precision: that it computes in; on this machine's CPU integer, floating, conversion or other.
+        macs: multiply-accumulates; 0 where they are not counted.
+        bound: what its time is made of mostly (compute, memory or launch); "" where nobody knows.
+    """
+
+    name: str
+    op: str
+    precision: str
+    ms: float
+    macs: int = 0
+    bound: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """All findings on a model for a target, largest predicted gain first.
 
@@ -104,6 +123,7 @@ class Explanation:
         evidence: of the latency and the gains: the roofline, or a profile taken on this machine.
         assumed: the file carries no precision of its own (neither Q/DQ nor FP16), and that of the build was assumed.
         notes: what else a reader should know of the file and how it ran.
+        kernels: what the latency is spent in.
     """
 
     onnx_sha256: str
@@ -121,6 +141,7 @@ class Explanation:
     assumed: bool = False
     evidence: Literal["predicted", "measured"] = "predicted"
     notes: tuple[str, ...] = ()
+    kernels: tuple[KernelTime, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -180,6 +201,10 @@ def explain_model(
         measured_ms=sum(times.values()) if times else None,
         small=dict(sorted(Counter(f.kind for f in found if f.gain_ms < least).items())),
         assumed=not prices.network.typed and base.precision != "fp32",
+        kernels=tuple(
+            KernelTime(name=at.name, op=at.op, precision=at.precision, ms=at.ms, macs=at.macs, bound=at.bound)
+            for at in base.layers
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusepress.export.explain import LARGE_SHARE, LEAST_SHARE, Explanation, Finding
+from fusepress.export.explain import LARGE_SHARE, LEAST_SHARE, Explanation, Finding, KernelTime
 from fusepress.export.node_times import NodeTime, node_times
 from fusepress.export.onnx import load_onnx
 from fusepress.export.passes import made_up_batch
@@ -79,6 +79,7 @@ def explain_on_host(
         small={kind: small.count(kind) for kind in sorted(set(small))},
         evidence="measured",
         notes=_integers(nodes, precisions, proto),
+        kernels=tuple(KernelTime(name=node.name, op=node.op, precision=node.kind, ms=node.ms) for node in nodes),
     )
 
 

@@ -11,7 +11,7 @@ from fusepress.pipeline.cli import run
 from fusepress.pipeline.errors import BuildError
 from fusepress.pipeline.evidence import RUN_JSON, Artifact
 from fusepress.pipeline.explaining import explain_run
-from fusepress.pipeline.report.explain import EXPLAIN_JSON, explain_view, view_of
+from fusepress.pipeline.report.explain import EXPLAIN_JSON, read_explanation, view_of
 from fusepress.pipeline.report.html import render
 from fusepress.pipeline.store import sha256_file
 from tests.onnx_graphs import Graph
@@ -66,7 +66,7 @@ def test_a_run_is_explained_and_the_report_shows_it(run_folder: Path, capsys: py
     page = (run_folder / "report.html").read_text()
     assert "Why it is not faster" in page
     assert "from the builder's list of 1 layers" in page.replace("&#39;", "'")
-    assert "Gain if mended (predicted)" in page
+    assert "Gain: what mending it wins (predicted)" in page
     found = json.loads((run_folder / EXPLAIN_JSON).read_text())
     assert found["kind"] == "predicted"
     assert [f["gain_ms"] for f in found["findings"]] == sorted((f["gain_ms"] for f in found["findings"]), reverse=True)
@@ -75,12 +75,12 @@ def test_a_run_is_explained_and_the_report_shows_it(run_folder: Path, capsys: py
 def test_findings_on_another_file_are_not_shown(run_folder: Path) -> None:
     explain_run(run_folder)
     record = record_of()
-    assert explain_view(record, run_folder) is None  # its ONNX has another hash
+    assert read_explanation(record, run_folder) is None  # its ONNX has another hash
     assert "Why it is not faster" not in render(record, run_folder)
     record.artifacts["onnx"] = Artifact(path="m.onnx", sha256=sha256_file(run_folder / "quantize/model.onnx"))
-    assert explain_view(record, run_folder) is not None
+    assert read_explanation(record, run_folder) is not None
     (run_folder / EXPLAIN_JSON).write_text("{")
-    assert explain_view(record, run_folder) is None
+    assert read_explanation(record, run_folder) is None
 
 
 def test_many_findings_are_cut_and_small_ones_are_counted() -> None:

@@ -22,10 +22,11 @@ from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Artifact, Kind, Measurement, RunRecord, StageRecord
 from fusepress.pipeline.gates import Condition, Replicates, judge, overall
 from fusepress.pipeline.recipe import AccuracyGate, GatesConfig, LatencyGate, RobustnessGate
-from fusepress.pipeline.report import charts, markdown, view
+from fusepress.pipeline.report import charts, markdown, robustness, svg, view
 from fusepress.pipeline.report.html import render, write_report
 from fusepress.pipeline.report.junit import write_junit
 from fusepress.pipeline.report.markdown import write_summary
+from fusepress.pipeline.report.waterfall import Step, waterfall
 
 ONNX = "3f7a1c" + "9" * 58
 TARGET = "jetson-agx-orin-64gb"
@@ -330,8 +331,9 @@ def check_page(text: str) -> Page:
         assert str(attrs["href"]).removeprefix("#") in page.ids
     for attrs in page.all("th"):
         assert attrs.get("scope") in ("col", "row")
-    for attrs in page.all("svg"):
-        assert attrs.get("aria-label") or attrs.get("aria-hidden") == "true"
+    drawings = [attrs for attrs in page.all("svg") if attrs.get("aria-hidden") != "true"]
+    assert all(attrs.get("aria-label") and attrs.get("role") == "img" for attrs in drawings)
+    assert len(page.all("title")) == len(drawings) + 1, "every drawing has a title, and the page"
     assert page.headings.count(1) == 1
     assert page.headings[0] == 1
     steps = [after - before for before, after in zip(page.headings, page.headings[1:], strict=False)]
@@ -515,7 +517,7 @@ def test_pictures_are_embedded_from_the_run_folder_or_the_stage_folder(tmp_path:
         "Named from the stage",
         "Scores",
     }
-    assert str(page.all("img")[0]["src"]).startswith("data:image/svg+xml;base64,")
+    assert str(page.all("img")[-1]["src"]).startswith("data:image/svg+xml;base64,")
 
 
 @pytest.mark.parametrize(
@@ -617,7 +619,7 @@ def test_a_latency_of_another_device_is_not_shown_as_the_targets() -> None:
 
 def test_extra_drops_agree_with_the_gates() -> None:
     record = SAMPLES["pass"]()
-    rows = {(row.failure, row.severity): row for row in view.failure_rows(record)}
+    rows = {(row.failure, row.severity): row for row in robustness.failure_rows(record)}
     assert set(rows) == {("camera blank", 3), ("lidar half", 1), ("lidar half", 3)}
     for failure in ("camera_blank", "lidar_half"):
         row = rows[view.words_of(failure), 3]
@@ -697,14 +699,14 @@ def test_numbers_are_printed_as_they_are_read(name: str, value: float, text: str
 @settings(max_examples=80, deadline=None)
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6), wanted=st.integers(2, 8))
 def test_ticks_are_round_few_and_inside(low: float, span: float, wanted: int) -> None:
-    ticks = charts.nice_ticks(low, low + span, wanted)
+    ticks = svg.nice_ticks(low, low + span, wanted)
     assert len(ticks) <= wanted + 2
     assert ticks == sorted(set(ticks))
     assert all(low - 1e-6 * span - 1e-9 <= tick <= low + span + 1e-6 * span + 1e-9 for tick in ticks)
 
 
 def test_evidence_is_told_apart_by_shape() -> None:
-    shapes = {kind: str(charts.marker(kind, 0, 0)) for kind in ("measured", "simulated", "predicted")}
+    shapes = {kind: str(svg.marker(kind, 0, 0)) for kind in ("measured", "simulated", "predicted")}
     assert len({re.findall(r'<(\w+) class="([\w-]+)"', shape)[0] for shape in shapes.values()}) == 3
 
 
@@ -722,11 +724,19 @@ def test_a_gate_chart_shades_the_allowed_side(at_most: bool) -> None:
     limit=st.none() | st.floats(-1e6, 1e6),
     from_zero=st.booleans(),
 )
-def test_a_step_chart_stays_inside_its_frame(values: list[float], limit: float | None, from_zero: bool) -> None:
-    steps = [charts.Step(f"s{i}", value, value - 1, value + 1, "predicted") for i, value in enumerate(values)]
+def test_a_waterfall_stays_inside_its_frame(values: list[float], limit: float | None, from_zero: bool) -> None:
+    steps = [Step(f"s{i}", value, value - 1, value + 1, "predicted") for i, value in enumerate(values)]
     drawing = str(
-        charts.step_chart(
-            steps, title="t", show=str, show_tick=str, limit=limit, limit_label="limit", from_zero=from_zero
+        waterfall(
+            steps,
+            title="t",
+            show=str,
+            show_change=str,
+            show_tick=str,
+            more_is_better=True,
+            limit=limit,
+            limit_label="limit",
+            from_zero=from_zero,
         )
     )
     ET.fromstring(drawing)

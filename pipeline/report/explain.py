@@ -38,9 +38,14 @@ class ExplainView:
     small: str
     heading: str
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether a profile of the device names a layer."""
+        return any(row.measured for row in self.rows)
 
-def explain_view(record: RunRecord, run_dir: Path) -> ExplainView | None:
-    """The findings on the released file, or None where none were sought, or on another file."""
+
+def read_explanation(record: RunRecord, run_dir: Path) -> Mapping[str, Any] | None:
+    """What was found on the released file, or None where nothing was sought, or on another file."""
     path = run_dir / EXPLAIN_JSON
     onnx = record.artifacts.get("onnx")
     if onnx is None or not path.is_file():
@@ -51,7 +56,7 @@ def explain_view(record: RunRecord, run_dir: Path) -> ExplainView | None:
         return None
     if not isinstance(found, Mapping) or found.get("onnx_sha256") != onnx.sha256:
         return None
-    return view_of(found)
+    return found
 
 
 def view_of(found: Mapping[str, Any]) -> ExplainView:
@@ -65,7 +70,9 @@ def view_of(found: Mapping[str, Any]) -> ExplainView:
         more=max(0, len(rows) - MOST_FINDINGS),
         basis=" ".join([_measured_basis(found) if here else _predicted_basis(found), *_notes(found)]),
         small=small,
-        heading="Takes, so most to win (measured)" if here else "Gain if mended (predicted)",
+        heading="Gain: what it takes, so the most to win (measured)"
+        if here
+        else "Gain: what mending it wins (predicted)",
     )
 
 

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from fusepress.pipeline.evidence import Kind, RunRecord, read_run
-from fusepress.pipeline.report import charts, training, view
-from fusepress.pipeline.report.explain import explain_view
+from fusepress.pipeline.evidence import RunRecord, read_run
+from fusepress.pipeline.report import charts, robustness, training, view
+from fusepress.pipeline.report.explain import read_explanation, view_of
+from fusepress.pipeline.report.pages import page
+from fusepress.pipeline.report.pictures import pictures_of
 from fusepress.pipeline.report.quantization import quantization
-from fusepress.pipeline.report.sparsity import sparse_rows
+from fusepress.pipeline.report.sparsity import is_count, sparse_numbers, sparse_rows
+from fusepress.pipeline.report.timeline import timeline
+from fusepress.pipeline.report.waterfall import Step, waterfall
 from fusepress.pipeline.store import atomic_write_text
 
 REPORT_HTML = "report.html"
 MOST_LAYERS = 60  # per branch; the table below the charts has them all
-TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-KIND_WORDS: dict[Kind, str] = {
-    "measured": "the very artifact ran on the very device",
-    "simulated": "the ONNX file or the torch model ran on this CPU instead of the target",
-    "predicted": "a model of the target said so; nothing ran",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture inside the page."""
-
-    title: str
-    stage: str
-    uri: str
 
 
 def write_report(run_dir: Path) -> Path:
@@ -57,41 +42,35 @@ def write_report(run_dir: Path) -> Path:
 
 def render(record: RunRecord, run_dir: Path) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    pictures, left_out = _pictures(record, run_dir)
-    template = environment.from_string(_resource("report.html.j2"))
-    return template.render(
+    explanation = read_explanation(record, run_dir)
+    return page(
+        "report.html.j2",
         record=record,
-        style=Markup(_resource("style.css")),  # noqa: S704 - our own file
         banner=view.banner(record),
         tiles=view.tiles(record),
         gates=[(row, _gate_picture(row)) for row in view.gate_rows(record)],
-        charts=_step_charts(record),
+        charts=_waterfalls(record),
         training=training.panels(record),
         stages=view.stage_rows(record),
         primary=view.primary_of(record),
         branches=[(row, *_shares(row)) for row in view.branch_rows(record)],
         widths=_width_charts(record),
         groups=view.group_rows(record),
-        failures=view.failure_rows(record),
+        failures=robustness.failure_rows(record),
+        failure_charts=robustness.drawings(record),
         sparse=sparse_rows(record),
+        sparse_numbers=sparse_numbers(record),
         quantized=quantization(record),
-        explained=explain_view(record, run_dir),
-        pictures=pictures,
-        left_out=left_out,
+        explained=None if explanation is None else view_of(explanation),
+        timeline=None if explanation is None else timeline(record, explanation),
+        pictures=pictures_of(record, run_dir),
         cards=_cards(record),
         precision=view.precision_of(record),
         target=_pairs(record.target_profile),
-        machine=_pairs(record.environment),
-        kinds={kind: (charts.legend_mark(kind), words) for kind, words in KIND_WORDS.items()},
-        tone_of=view.TONES,
+        machine=_pairs(_tools_apart(record.environment)),
         notes={name: view.artifact_note(record, name) for name in record.artifacts},
         count=view.count,
         quantity=view.quantity,
-        number=view.number,
-        dash=view.DASH,
     )
 
 
@@ -102,12 +81,19 @@ def _cards(record: RunRecord) -> list[tuple[str, str, list[tuple[str, list[tuple
         ("Calibration", "Calibration card", "calibration"),
         ("Sparsity", "Sparsity", "sparsity"),
     )
-    found = [(word, title, view.cards(record, key)) for word, title, key in kinds]
+    counted = [stage.name for stage in record.stages if is_count(stage.details.get("sparsity"))]
+    found = [
+        (word, title, [card for card in view.cards(record, key) if key != "sparsity" or card[0] not in counted])
+        for word, title, key in kinds
+    ]
     return [row for row in found if row[2]]
 
 
-def _resource(name: str) -> str:
-    return importlib.resources.files("fusepress.pipeline.report").joinpath(name).read_text(encoding="utf-8")
+def _tools_apart(environment: dict[str, Any]) -> dict[str, Any]:
+    """A line a tool: a reader looks for one version."""
+    tools = environment.get("tools")
+    rest = {key: value for key, value in environment.items() if key != "tools"}
+    return rest | tools if isinstance(tools, dict) else environment
 
 
 def _pairs(mapping: dict[str, Any]) -> list[tuple[str, str]]:
@@ -117,7 +103,7 @@ def _pairs(mapping: dict[str, Any]) -> list[tuple[str, str]]:
 # -------------------------------------------------------------------------------------------------------------- charts
 
 
-def _step_charts(record: RunRecord) -> list[tuple[str, Markup, str]]:
+def _waterfalls(record: RunRecord) -> list[tuple[str, Markup, str]]:
     """(heading, drawing, remark) of accuracy and latency after each stage."""
     primary = view.primary_of(record)
     made = []
@@ -126,28 +112,35 @@ def _step_charts(record: RunRecord) -> list[tuple[str, Markup, str]]:
         if not seen:
             continue
         limit, label = _step_limit(record, name)
-        drawing = charts.step_chart(
-            [charts.Step(stage, m.value, m.low, m.high, m.kind) for stage, m in seen],
+        more = name != view.LATENCY and view.metrics_of(record).get(primary) != "min"
+        drawing = waterfall(
+            [Step(stage, m.value, m.low, m.high, m.kind) for stage, m in seen],
             title=heading,
             show=lambda value, name=name: view.quantity(name, value),  # type: ignore[misc]
+            show_change=lambda value, name=name: view.signed(name, value),  # type: ignore[misc]
             show_tick=lambda value, unit=" ms" if name == view.LATENCY else "": view.number(value) + unit,  # type: ignore[misc]
+            more_is_better=more,
             limit=limit,
             limit_label=label,
             from_zero=name == view.LATENCY,
         )
-        made.append((heading, drawing, _remark(record, name)))
+        made.append((heading, drawing, _remark(name, more_is_better=more)))
     return made
 
 
-def _remark(record: RunRecord, name: str) -> str:
-    if name == view.LATENCY:
-        return "Batch 1, compute only, without copies to and from the device. Less is better."
-    better = "Less" if view.metrics_of(record).get(name.removeprefix("accuracy.")) == "min" else "More"
-    return f"On the evaluation split. {better} is better."
+def _remark(name: str, *, more_is_better: bool) -> str:
+    where = (
+        "Batch 1, compute only, without copies to and from the device."
+        if name == view.LATENCY
+        else "On the evaluation split."
+    )
+    return (
+        f"{where} {'More' if more_is_better else 'Less'} is better. Bars: what the stage changed, green for the better."
+    )
 
 
 def _step_limit(record: RunRecord, name: str) -> tuple[float | None, str]:
-    """Where the gate's limit lies on the axis of a step chart."""
+    """Where the gate's limit lies on the axis of a waterfall."""
     verdict = next((v for v in view.verdicts_of(record) if v.gate == name), None)
     if verdict is None or verdict.limit is None:
         return None, ""
@@ -199,31 +192,3 @@ def _width_charts(record: RunRecord) -> list[tuple[str, Markup, int]]:
         title = f"Layer widths of {branch} before and after pruning, as in the table below"
         made.append((branch, charts.width_chart(shown, title=title, most=most), len(mine) - len(shown)))
     return made
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def _pictures(record: RunRecord, run_dir: Path) -> tuple[list[Picture], list[str]]:
-    """The stages' pictures as data URIs, and what was left out and why."""
-    found: list[Picture] = []
-    left_out: list[str] = []
-    for stage in record.stages:
-        for entry in stage.details.get("pictures", []):
-            relative, title = str(entry.get("path", "")), str(entry.get("title") or entry.get("path", ""))
-            path = _inside(run_dir, stage.name, relative)
-            kind = TYPES.get(PurePosixPath(relative).suffix.lower())
-            if path is None or kind is None:
-                reason = "is not a PNG, JPEG or SVG file" if kind is None else "is not in the run folder"
-                left_out.append(f"{relative} of {stage.name} {reason}")
-                continue
-            data = base64.b64encode(path.read_bytes()).decode()
-            found.append(Picture(title=title, stage=stage.name, uri=f"data:{kind};base64,{data}"))
-    return found, left_out
-
-
-def _inside(run_dir: Path, stage: str, relative: str) -> Path | None:
-    """An existing file of the run, named from the run folder or from the stage's folder; nothing outside."""
-    if not relative or PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
-        return None
-    return next((path for path in (run_dir / relative, run_dir / stage / relative) if path.is_file()), None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fusepress.pipeline.evidence import RunRecord, read_run
 from fusepress.pipeline.report import view
+from fusepress.pipeline.report.robustness import failure_rows
 from fusepress.pipeline.store import atomic_write_text
 
 SUMMARY_MD = "summary.md"
@@ -90,7 +91,7 @@ def _failures(record: RunRecord) -> str:
             row.extra or view.DASH,
             row.verdict.verdict if row.verdict is not None else "no gate",
         ]
-        for row in view.failure_rows(record)
+        for row in failure_rows(record)
     ]
     return _table(["Failure (severity)", f"Dense {metric}", f"Compressed {metric}", "Extra drop", "Gate"], rows)
 

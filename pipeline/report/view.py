@@ -23,7 +23,6 @@ holds `latency.dense.mean_ms` and `latency.speedup`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,6 +37,7 @@ MINUS = "\u2212"
 DASH = "\u2013"
 TIMES = "\u00d7"
 BASELINE = "baseline"
+FUSION = "fusion"
 LATENCY = "latency.mean_ms"
 DENSE_LATENCY = "latency.dense.mean_ms"
 SPEEDUP = "latency.speedup"
@@ -134,20 +134,6 @@ class GroupRow:
     kept: int
 
 
-@dataclass(frozen=True, slots=True)
-class FailureRow:
-    """Both models under one sensor failure."""
-
-    failure: str
-    severity: int
-    dense: Figure | None
-    compressed: Figure | None
-    dense_drop: str
-    compressed_drop: str
-    extra: str
-    verdict: Verdict | None
-
-
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -196,6 +182,12 @@ def quantity(name: str, value: float) -> str:
     if name.startswith(("accuracy.", "robustness.", "floors.")) and abs(value) < 10:
         return f"{value:.4f}".replace("-", MINUS)
     return number(value)
+
+
+def signed(name: str, change: float) -> str:
+    """A difference of two such values, with its sign and without a unit."""
+    shown = quantity(name, abs(change)).removesuffix(" ms")
+    return shown if not shown.strip("0.") else f"{'+' if change > 0 else MINUS}{shown}"
 
 
 def figure(measurement: Measurement | None) -> Figure | None:
@@ -431,14 +423,19 @@ def _gate_meaning(record: RunRecord, gate: str) -> tuple[str, bool, str]:
         return f"{'Ceiling' if ceiling else 'Floor'} of {metric}{where}", ceiling, gate
     if kind == "robustness" and rest.endswith(".min"):
         ceiling = metrics.get(primary_of(record)) == "min"
-        failure = words_of(rest.removesuffix(".min"))
-        return f"{primary_of(record)} under {failure}", ceiling, gate
+        return f"{primary_of(record)} under {_failure_words(rest.removesuffix('.min'))}", ceiling, gate
     if kind == "robustness":
-        return f"Extra drop under {words_of(rest)}", True, gate
+        return f"Extra drop under {_failure_words(rest)}", True, gate
     if kind == "release":
         slower = rest.startswith("latency.")
         return "Rise of the latency over the stored release" if slower else f"Drop of {rest} since then", True, gate
     return gate, True, gate
+
+
+def _failure_words(key: str) -> str:
+    """camera_noise@2 -> camera noise (severity 2)."""
+    failure, separator, severity = key.partition("@")
+    return f"{words_of(failure)} (severity {severity})" if separator else words_of(failure)
 
 
 def words_of(identifier: str) -> str:
@@ -496,7 +493,7 @@ def cards(record: RunRecord, key: str) -> list[tuple[str, list[tuple[str, str]]]
 
 
 def group_rows(record: RunRecord) -> list[GroupRow]:
-    """Widths before and after, by branch in the order of appearance, then as planned."""
+    """Widths before and after, by branch in the order of appearance and the fusion last, then as planned."""
     stage = record.stage("prune")
     groups = stage.details.get("groups", []) if stage is not None else []
     rows = [
@@ -510,7 +507,7 @@ def group_rows(record: RunRecord) -> list[GroupRow]:
         for group in groups
     ]
     order = list(dict.fromkeys(row.branch for row in rows))
-    return sorted(rows, key=lambda row: order.index(row.branch))
+    return sorted(rows, key=lambda row: (row.branch == FUSION, order.index(row.branch)))
 
 
 def _short_layer(group: str) -> str:
@@ -538,61 +535,3 @@ def branch_rows(record: RunRecord) -> list[BranchRow]:
         )
         for name, figures in branches.items()
     ]
-
-
-def failure_rows(record: RunRecord) -> list[FailureRow]:
-    """Both models under every sensor failure that was tried, by the primary metric."""
-    metric = primary_of(record)
-    sign = -1 if metrics_of(record).get(metric) == "min" else 1
-    seen = _failures(record, metric)
-    clean = steps(record, f"accuracy.{metric}")
-    dense_clean = next((m.value for s, m in clean if s == BASELINE), None)
-    compressed_clean = next((m.value for s, m in reversed(clean) if s != BASELINE), None)
-    verdicts = {verdict.gate: verdict for verdict in verdicts_of(record)}
-    rows = []
-    for (failure, severity), (dense, compressed) in seen.items():
-        dense_drop = _drop(dense_clean, dense, sign)
-        drop = _drop(compressed_clean, compressed, sign)
-        verdict = verdicts.get(f"robustness.{failure}")
-        judged = verdict if verdict is not None and _judged_at(verdict, severity, seen, failure) else None
-        extra = "" if dense_drop is None or drop is None else _signed(drop - dense_drop)
-        rows.append(
-            FailureRow(
-                failure=words_of(failure),
-                severity=severity,
-                dense=figure(dense),
-                compressed=figure(compressed),
-                dense_drop="" if dense_drop is None else quantity("accuracy.", dense_drop),
-                compressed_drop="" if drop is None else quantity("accuracy.", drop),
-                extra=extra,
-                verdict=judged,
-            )
-        )
-    return rows
-
-
-def _judged_at(verdict: Verdict, severity: int, seen: Mapping[tuple[str, int], Any], failure: str) -> bool:
-    """A verdict names the severity it judged; where it does not, a failure tried at one severity is clear."""
-    return f"(severity {severity})" in verdict.why or sum(1 for name, _ in seen if name == failure) == 1
-
-
-def _failures(record: RunRecord, metric: str) -> dict[tuple[str, int], tuple[Measurement | None, Measurement | None]]:
-    found: dict[tuple[str, int], tuple[Measurement | None, Measurement | None]] = {}
-    for stage in record.stages:
-        for measurement in stage.measurements:
-            match = re.fullmatch(rf"robustness\.(.+)\.(\d+)\.(dense\.)?{re.escape(metric)}", measurement.name)
-            if match is None:
-                continue
-            where = (match[1], int(match[2]))
-            dense, compressed = found.get(where, (None, None))
-            found[where] = (measurement, compressed) if match[3] else (dense, measurement)
-    return dict(sorted(found.items()))
-
-
-def _drop(clean: float | None, under: Measurement | None, sign: int) -> float | None:
-    return None if clean is None or under is None else sign * (clean - under.value)
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.4f}"
-    return ("0.0000" if float(text) == 0 else text).replace("-", MINUS)
