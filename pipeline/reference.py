@@ -53,6 +53,7 @@ UNITS: dict[str, str] = {
     "score.reactivation_batches": "steps",
     "score.probe_steps": "steps",
     "score.rounds": "rounds",
+    "score.robustness": "fraction of the score",
     "prune.distortion.samples": "samples",
     "prune.distortion.fisher_samples": "samples",
     "prune.distortion.fisher_every": "widths",
@@ -104,6 +105,7 @@ EXAMPLES: dict[str, str] = {
     "score.normalise": "cost",
     "score.aggregate": "abs",
     "score.rounds": "4",
+    "score.robustness": "0.5",
     "score.candidates": "[taylor, snip]; method: auto",
     "score.probe_steps": "50; method: auto",
     "prune.macs": "0.4",
@@ -204,7 +206,7 @@ AROUND = {"distortion": "macs: 0.4, allocation: distortion, "}  # what the secti
 # Values that are right by themselves, and together are refused.
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "": ("task: task.py",),
-    "score": ("score: {candidates: [snip, snip]}",),
+    "score": ("score: {candidates: [snip, snip]}", "score: {method: magnitude, robustness: 0.5}"),
     "prune": (
         "prune: {}",
         "prune: {macs: 0.4, latency_ms: 4.0}",
@@ -234,6 +236,11 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         "quantize: {precision: fp8, method: mse}",
     ),
     "gates.latency": ("gates: {latency: {}}", "gates: {latency: {p99_ms: 8, evidence: [predicted]}}"),
+    "gates.robustness": (
+        "gates: {robustness: {camera_noise@9: {max_extra_drop: 0.03}}}",
+        "gates: {robustness: {camera_noise@2: {max_extra_drop: 0.03, severity: 3}}}",
+        "gates: {robustness: {camera_noise: {max_extra_drop: 0.03}, camera_noise@3: {max_extra_drop: 0.03}}}",
+    ),
     "gates.release": ("gates: {release: {file: baseline.json}}",),
 }
 

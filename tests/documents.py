@@ -111,8 +111,8 @@ def blocks(path: Path) -> list[Block]:
     text = path.read_text()
     found = []
     for match in re.finditer(r"^```([^\n`]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        language, *rest = [*match[1].split(), ""]
-        needs = [word.removeprefix("needs=") for word in rest if word.startswith("needs=")]
+        language, _, rest = match[1].strip().partition(" ")
+        needs = [word.removeprefix("needs=") for word in rest.split() if word.startswith("needs=")]
         line = text.count("\n", 0, match.start(2)) + 1
         found.append(Block(path, line, language, needs[0] if needs else "", match[2]))
     return found
