@@ -40,6 +40,7 @@ LOOKED_AT = 64  # samples that must hold two neighbours of one group, or nothing
 KINDS = ("blank", "noise", "half", "dark", "bright", "lost", "stale", "narrow", "sparse", "rotate", "shift")
 CAMERAS_ONLY = frozenset({"dark", "bright"})
 NO_CAMERAS = frozenset({"sparse"})
+BY_SAMPLE = frozenset({"noise", "sparse", "stale"})  # training batches need no names, and one may go blank in them
 BY_LAYOUT = frozenset({"bright", "lost", "narrow", "sparse", "rotate", "shift"})
 
 
@@ -261,7 +262,7 @@ def _default(task: LoadedTask, batch: Batch, failure: _Failure, history: _Histor
             f"expected the inputs {list(batch.inputs)}; got {absent} at {task.name}.inputs_by_modality[{modality!r}]; "
             "name inputs of the batch"
         )
-    if len(batch.sample_ids) != batch.size:
+    if kind in BY_SAMPLE and len(batch.sample_ids) != batch.size:
         raise TaskError(
             f"expected {batch.size} sample_ids, which failures are drawn by; got {len(batch.sample_ids)}; name every "
             "sample"

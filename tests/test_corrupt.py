@@ -272,3 +272,12 @@ def test_a_faulty_corrupt_of_the_task_is_reported(fault: str) -> None:
     message = "got KeyError: 'rain' at the failure 'fog', severity 3" if fault == "crash" else "to return a Batch with"
     with pytest.raises(TaskError, match=message):
         corrupt(load(Faulty()), make_batch(), "fog", 3)
+
+
+def test_a_batch_without_names_goes_blank_but_draws_no_noise() -> None:
+    batch = replace(make_batch(), sample_ids=())
+    assert not corrupt(load(Plain()), batch, "lidar_blank").inputs["points"].any()
+    with pytest.raises(
+        TaskError, match=r"expected 2 sample_ids, which failures are drawn by; got 0; name every sample"
+    ):
+        corrupt(load(Plain()), batch, "lidar_noise")

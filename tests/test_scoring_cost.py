@@ -68,6 +68,7 @@ def stacks() -> tuple[Stacks, LoadedTask, ToyGraph]:
             for _ in range(2)
         ]
     task = loaded(data, {"camera": ["camera"], "lidar": ["lidar"]}, squared_error)
+    task.user.inputs_by_modality = {"camera": ["camera"], "lidar": ["lidar"]}
     groups = [
         Group(
             id=f"{branch}.0",
@@ -130,6 +131,9 @@ def test_live_copies_are_counted_while_they_live() -> None:
         ({"method": "prospr", "rounds": 3}, 2, 2),
         ({"method": "grasp", "rounds": 3}, 2, 2),
         ({"method": "altermoma", "rounds": 3, "beta": 1.0}, 4 / 3, 8 / 3),
+        # under dead sensors: a condition's scores and their shares
+        ({"method": "snip", "robustness": 0.5}, 1, 2),
+        ({"method": "altermoma", "robustness": 0.5, "beta": 1.0}, 4 / 3, 8 / 3),
     ],
     ids=lambda value: "-".join(str(v) for v in value.values()) if isinstance(value, dict) else "",
 )

@@ -34,6 +34,7 @@ from fusepress.pipeline.scoring.common import (
     weight_branches,
 )
 from fusepress.pipeline.scoring.gradients import Progress, silent
+from fusepress.pipeline.scoring.parking import parked
 from fusepress.pipeline.scoring.result import ScoreResult
 from fusepress.pipeline.task import Batch, LoadedTask, Split
 
@@ -95,7 +96,7 @@ def channels_under_failures(method: ChannelMethod) -> ChannelMethod:
 
 
 def weights_under_failures(method: WeightMethod) -> WeightMethod:
-    """A criterion of single weights with the term of the module's formula; holds one more copy of the scores."""
+    """A criterion of single weights with the term of the module's formula; the sum so far lies in temporary files."""
 
     def score(
         model: nn.Module, task: LoadedTask, config: ScoreConfig, *, seed: int, progress: Progress = silent
@@ -103,34 +104,46 @@ def weights_under_failures(method: WeightMethod) -> WeightMethod:
         def one(condition: LoadedTask, told: Progress) -> Scored:
             return method(model, condition, config, seed=seed, progress=told)
 
-        scores, log = _mixed(one, task, config.robustness, progress)
+        mixed, log = _mixed(one, task, config.robustness, progress, copy=parked)
+        own = dict(model.named_parameters())
+        scores = {key: torch.empty_like(value, device=own[key].device).copy_(value) for key, value in mixed.items()}
         return scores, {**log, "branches": branch_statistics(scores, weight_branches(model, task))}
 
     return score
 
 
 def _mixed(
-    one: Callable[[LoadedTask, Progress], Scored], task: LoadedTask, robustness: float, progress: Progress
+    one: Callable[[LoadedTask, Progress], Scored],
+    task: LoadedTask,
+    robustness: float,
+    progress: Progress,
+    *,
+    copy: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The formula: the criterion as it is, then with each modality dead; the log is that of the first."""
+    """The formula: the criterion as it is, then with each modality dead; the log is that of the first.
+
+    `copy` makes the place where the scores are summed up.
+    """
     modalities = sorted(task.branches)
     count = 1 + len(modalities)
 
     def told(number: int, fraction: float, text: str) -> None:
         progress((number + fraction) / count, text if number == 0 else f"{modalities[number - 1]} dead: {text}")
 
-    clean, log = one(task, partial(told, 0))
-    scores = {key: value.mul_(1.0 - robustness) for key, value in shares(_copied(clean)).items()}
+    found, log = one(task, partial(told, 0))
+    scores = {key: copy(value).mul_(1.0 - robustness) for key, value in _shared(found).items()}
+    del found  # or it lives through the next
     losses = {}
     for number, modality in enumerate(modalities, 1):
         found, dead_log = one(blinded(task, modality), partial(told, number))
-        for key, value in shares(_copied(found)).items():
-            scores[key].add_(value, alpha=robustness / len(modalities))
+        for key, value in _shared(found).items():
+            scores[key].add_(value.to(scores[key].device), alpha=robustness / len(modalities))
+        del found
         losses[modality] = dead_log.get("loss")
         log["passes"] = log.get("passes", 0) + dead_log.get("passes", 0)
     return scores, {**log, "robustness": {"share": robustness, "loss_with_dead": losses}}
 
 
-def _copied(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What may be changed in place: a criterion may hand out views of the parameters."""
-    return {key: value.clone() for key, value in scores.items()}
+def _shared(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shares of copies, for a criterion may hand out views of the parameters."""
+    return shares({key: value.clone() for key, value in scores.items()})
