@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.bundling.make import Bundle
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
-    from fusepress.pipeline.comparing import Compared
+    from fusepress.pipeline.comparing import Comparison
     from fusepress.pipeline.measuring import Arrivals
     from fusepress.pipeline.on_device import DeviceSettings
     from fusepress.pipeline.stages.base import Context
@@ -678,18 +678,25 @@ def bundle(
     )
 
 
-def compare(runs: Sequence[str | Path]) -> list[Compared]:
-    """Several runs side by side, and which of them no other one for the same target beats.
+def compare(runs: Sequence[str | Path], *, html: str | Path | None = None) -> Comparison:
+    """Several runs of one task side by side: which of them no other one for the same target beats, what differs.
 
     Args:
         runs: run folders, two or more.
+        html: a file for a page with the same and a drawing of accuracy over latency.
 
     Raises:
-        UsageError: fewer than two, or one that is no run.
+        UsageError: fewer than two, one that is no run, one twice, or runs of different tasks or primary metrics.
+        StoreError: a run's files are damaged, or the page cannot be written.
     """
     from fusepress.pipeline.comparing import compare_runs
 
-    return compare_runs([Path(run) for run in runs])
+    found = compare_runs([Path(run) for run in runs])
+    if html is not None:
+        from fusepress.pipeline.report.comparison import write_comparison
+
+        write_comparison(found, Path(html))
+    return found
 
 
 def verify(bundle: str | Path, *, key: str | Path | None = None) -> Verified:

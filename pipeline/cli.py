@@ -215,17 +215,22 @@ def gate(
 
 @cli.command()
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with a drawing to this file."
+)
 @_json_option
-def compare(runs: tuple[Path, ...], as_json: bool) -> int:
-    """Put RUNs side by side; a star marks those that no other one for the same target beats."""
+def compare(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> int:
+    """Put RUNs of one task side by side; a star marks those that no other one for the same target beats."""
     from fusepress.pipeline import api
     from fusepress.pipeline.text import print_compared
 
-    found = api.compare(runs)
+    found = api.compare(runs, html=html)
     if as_json:
-        click.echo(json.dumps([row.to_dict() for row in found], indent=1))
+        click.echo(json.dumps(found.to_dict(), indent=1))
     else:
         print_compared(found)
+        if html is not None:
+            click.echo(f"page         {html}")
     return 0
 
 

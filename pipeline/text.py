@@ -11,13 +11,14 @@ from fusepress.pipeline.evidence import Measurement, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from fusepress.export.explain import Explanation
     from fusepress.pipeline.api import Measured, Outcome
     from fusepress.pipeline.bundling.make import Bundle
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
-    from fusepress.pipeline.comparing import Compared
+    from fusepress.pipeline.comparing import Compared, Comparison
     from fusepress.targets.doctor import DeviceFacts, Finding
     from fusepress.targets.fit import PersonalFit
     from fusepress.targets.predict import Prediction
@@ -82,8 +83,19 @@ def _first_sentence(why: str) -> str:
     return why if len(why) <= 160 else why[:157] + "..."
 
 
-def print_compared(rows: Sequence[Compared]) -> None:
-    """The table of runs; below it, which run is beaten by which."""
+def print_compared(comparison: Comparison) -> None:
+    """The table of runs; below it, which run is beaten by which, and what their recipes and environments differ in."""
+    console = _console()
+    console.print(_table_of(comparison.runs))
+    lines = [f"{row.name} is beaten by {', '.join(row.beaten_by)}" for row in comparison.runs if row.beaten_by]
+    for title, differences in (("recipe", comparison.recipe), ("environment", comparison.environment)):
+        for key, values in differences.items():
+            lines.append(f"{title:<12} {key}: {' | '.join('-' if value is None else str(value) for value in values)}")
+    for line in [*lines, *(f"note         {note}" for note in comparison.notes)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table_of(rows: Sequence[Compared]) -> Table:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -101,25 +113,22 @@ def print_compared(rows: Sequence[Compared]) -> None:
         "MiB",
         "worst failure",
     ):
-        table.add_column(column, no_wrap=True)
+        folds = column in ("run", "target", "worst failure")  # figures are never cut
+        table.add_column(column, no_wrap=not folds, overflow="fold" if folds else "ignore", min_width=12 * folds)
     for row in rows:
-        star = "*" if row.to_dict()["pareto"] else ""
+        star = "*" if row.on_front else ""
         worst = "-" if row.worst_failure is None else f"{row.worst_failure[0]} {_number(row.worst_failure[1])}"
         macs = None if row.macs is None else row.macs / 1e6
         figures = (_figure(row.accuracy), _figure(row.latency), _number(macs), _number(row.size_mib), worst)
         table.add_row(star, escape(row.name), escape(row.target), row.precision or "-", row.verdict or "-", *figures)
-    console = _console()
-    console.print(table)
-    for row in rows:
-        if row.beaten_by:
-            console.print(f"{row.name} is beaten by {', '.join(row.beaten_by)}", markup=False)
+    return table
 
 
 def _figure(m: Measurement | None) -> str:
     if m is None:
         return "-"
-    interval = "" if m.low is None or m.high is None else f" ({m.low:.4g} to {m.high:.4g})"
-    return f"{m.value:.4g}{interval} {m.kind}"
+    interval = "" if m.low is None or m.high is None else f"\n({m.low:.4g} to {m.high:.4g})"
+    return f"{m.value:.4g} {m.kind}{interval}"
 
 
 def bundle_lines(bundle: Bundle) -> list[str]:
@@ -133,10 +142,12 @@ def bundle_lines(bundle: Bundle) -> list[str]:
 
 def verified_lines(found: Verified) -> list[str]:
     """Checks of a bundle, and what none of them can tell; nothing that a bundle holds can begin a line of its own."""
-    lines = [f"{check.status:<12}{check.name:<11}{check.why}" for check in found.checks]
-    lines += [f"{'not checked':<12}{why}" for why in found.not_checked]
     whole = "every check passed" if found.ok else "do not use it"
-    return [_plain(line) for line in [*lines, f"{found.name}: {whole}; its verdict is {found.verdict}"]]
+    end = f"{found.name}: {whole}; its verdict is {found.verdict}"
+    lines = [] if found.ok and found.verdict == "PASS" else [end]  # what matters most, above all else
+    lines += [f"{check.status:<12}{check.name:<11}{check.why}" for check in found.checks]
+    lines += [f"{'not checked':<12}{why}" for why in found.not_checked]
+    return [_plain(line) for line in [*lines, end]]
 
 
 def _plain(text: str) -> str:

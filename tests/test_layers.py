@@ -18,7 +18,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.api",),
     (
         "pipeline.bundling",
-        "pipeline.comparing",
         "pipeline.explaining",
         "pipeline.planning",
         "pipeline.reference",
@@ -33,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline.graph", "export"),
     ("targets",),
     (
+        "pipeline.comparing",
         "pipeline.console",
         "pipeline.corrupt",
         "pipeline.distributed",
