@@ -115,7 +115,7 @@ def with_trained_scales(draft: Draft, trained: TrainedScales) -> tuple[Draft, li
     """
     if trained.precision != draft.precision:
         raise QuantizeError(
-            f"expected scales of a training in {draft.precision}; got {trained.precision} for {draft.source}; run "
+            f"expected scales of a training in {draft.precision}; got {trained.precision} at {draft.source}; run "
             "compress with --from qat"
         )
     known = [tensor for tensor in draft.ranges.tensors if tensor in trained.scales]

@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fusepress.pipeline.graph.placement import GRID_MAX, INT8_MIN, LEAST_STEP, Grid, Placement, QuantisedNode
+from fusepress.pipeline.graph.recomputation import without_recomputation
 
 NAME = "fusepress_steps"  # of the parameter (their logarithms) or buffer that a model carries while it is quantised
 SAME_AMAX = 1e-3  # relative: sums in another order move a largest magnitude by less
@@ -447,6 +448,7 @@ def fake_quantised(
     """The model quantised as a file is, inside; afterwards it is what it was, but for what was trained.
 
     Inside it has one parameter more (`fusepress_steps`, logarithms to base 2) where steps are learned, else a buffer.
+    Activation checkpointing is off inside, for what is computed again in a backward pass would not be quantised.
 
     Args:
         model: the one that the file was exported from, in float32.
@@ -465,7 +467,8 @@ def fake_quantised(
     calls = _Quantised(model, sites, placement.grid, learn)
     names = tuple(node.name for node in placement.nodes if node.name not in lost)
     try:
-        yield FakeQuantised(model=model, placement=placement, learned=learn, followed=names, lost=lost)
+        with without_recomputation():
+            yield FakeQuantised(model=model, placement=placement, learned=learn, followed=names, lost=lost)
     finally:
         calls.close()
         delattr(model, NAME)

@@ -41,6 +41,7 @@ def _section(ctx: Context) -> QatConfig:
 def training_section(ctx: Context) -> FinetuneConfig:
     """The fine-tuning section with this stage's own steps and rate, norms that keep their statistics, and no early end.
 
+    Layers are not fitted to the dense model's again: `finetune` did that where it was asked for.
     Where channels were permuted, those of the dense model's features are others: only its outputs teach.
     """
     base = ctx.recipe.finetune or FinetuneConfig()
@@ -51,6 +52,7 @@ def training_section(ctx: Context) -> FinetuneConfig:
         "freeze_batchnorm": True,
         "compile": False,
         "early_stop": False,
+        "reconstruct": 0,
     }
     return base.model_copy(update=own | ({"distill_features": 0.0, "distill_points": ()} if permuted else {}))
 
@@ -59,7 +61,7 @@ class Qat:
     """Fake quantisation where the release has Q/DQ, trained from the task's losses under the masks."""
 
     name = "qat"
-    version = 1
+    version = 2
     every_rank = True
 
     def skip(self, ctx: Context) -> str | None:
