@@ -170,3 +170,62 @@ def test_a_table_of_finished_cells_says_which_meet_the_claim() -> None:
     assert "| ladder: mse, 2 of 9 units spared, `a` excluded |" in lines[4]
     assert "+0.0010 (-0.0010 to +0.0030)" in lines[2]
     assert json.dumps(lines)
+
+
+def test_rows_of_an_earlier_result_stay_where_they_are_of_the_same_network() -> None:
+    from benchmarks.quantize.methods import merged
+
+    card = {"metric": "miou", "calibration_samples": 64, "calibration_card_sha256": "a"}
+
+    def result(*methods: str, fp32: float = 0.8, **other: Any) -> dict[str, Any]:
+        return card | other | {"rows": [{"method": method, "fp32": fp32, "of": len(methods)} for method in methods]}
+
+    both = merged(result("modelopt"), result("ladder", "max", "modelopt", sources="old"))
+    assert [(row["method"], row["of"]) for row in both["rows"]] == [("max", 3), ("modelopt", 1), ("ladder", 3)]
+    assert [row.get("sources") for row in both["rows"]] == ["old", None, "old"]
+    for other in (result("max", fp32=0.7), result("max", calibration_card_sha256="b"), None):
+        assert [row["method"] for row in merged(result("modelopt"), other)["rows"]] == ["modelopt"]
+
+
+def test_networks_of_an_earlier_result_stay_where_the_tools_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.quantize import files
+
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    first = {"tools": {"onnx": "1"}, "networks": {"street": {"n": 1}}}
+    assert files.with_earlier("decision", first) == first
+    earlier = {"command": "c", "tools": {"onnx": "1"}, "networks": {"street": {"n": 1}, "kitti_depth": {"n": 2}}}
+    (tmp_path / "decision.json").write_text(json.dumps(earlier))
+    now: dict[str, Any] = {"tools": {"onnx": "1"}, "networks": {"multi": {"n": 4}, "street": {"n": 3}}}
+    found = files.with_earlier("decision", now)["networks"]
+    assert list(found.items()) == [("street", {"n": 3}), ("multi", {"n": 4}), ("kitti_depth", {"command": "c", "n": 2})]
+    assert files.with_earlier("decision", now | {"tools": {"onnx": "2"}})["networks"] == now["networks"]
+
+
+def test_the_decision_of_the_table_is_that_of_a_search_without_limits_and_trials_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four units to blame, in a world where what each loses is known; a second run judges nothing."""
+    from benchmarks.quantize import decision
+    from fusepress.calib.search import Trial
+
+    lost = {"a": 0.0, "b": 0.5, "c": 0.3, "d": 0.01}
+    judged: list[frozenset[str]] = []
+
+    class World:
+        chosen = SimpleNamespace(units=lambda: {name: [name] for name in lost})
+        sensitivity = SimpleNamespace(units=[SimpleNamespace(name=name, cost=1.0) for name in lost], cost_unit="MAC")
+        standard = SimpleNamespace(reference=SimpleNamespace(n=7))
+
+    def judge(_bench: Any, spared: frozenset[str]) -> Trial:
+        judged.append(spared)
+        drop = sum(value for name, value in lost.items() if name not in spared)
+        return Trial(spared=spared, met=drop <= 0.02, drop=drop)
+
+    monkeypatch.setattr(decision, "stored_trial", judge)
+    found = decision.exhaustive(World())  # type: ignore[arg-type]
+    assert (found["rung"], found["spared"]) == ("mixed", ["b", "c"])
+    assert found["evaluations"] == len(judged) == len(set(judged))
+    assert found["all_int8_loses"] == pytest.approx(0.81)
+    assert {row["name"]: row["lost_alone"] for row in found["units"]} == pytest.approx(lost)

@@ -5,37 +5,53 @@
 The table runs the whole calib split with every unit alone in INT8 and with every unit alone in floating point, ranks
 units by the metric that sparing them wins for what it costs, and searches with as many trials as it likes. The ladder
 ranks by output errors on a few samples and has a budget. Both are held to the same standard, on the same ranges. An
-evaluation is one run of the calib split, or of its first `--judged-batches`. Writes
+evaluation is one run of the calib split, or of its first `--judged-batches`; each is kept in the store, so that a run
+that was stopped goes on. Networks of an earlier result by the same tools stay in it. Writes
 benchmarks/results/quantize/decision.json and .md.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.quantize.files import Bench, Json, benches, markdown, parser, write_result
+from benchmarks.quantize.files import Bench, Json, benches, markdown, parser, with_earlier, write_result
 
 if TYPE_CHECKING:
     from fusepress.calib.search import Trial
+
+
+def stored_trial(bench: Bench, spared: frozenset[str]) -> Trial:
+    """How a set of units in floating point does on the calib split: from the store, else judged now."""
+    from fusepress.calib.search import Trial
+
+    def judged() -> Json:
+        with tempfile.TemporaryDirectory(prefix="fusepress-") as folder:
+            session = bench.session(bench.chosen.write(Path(folder) / "trial.onnx", spared))
+            evaluation = bench.judge.evaluate(lambda inputs: session(inputs))
+        trial = bench.judge.trial(spared, evaluation, bench.standard)
+        return asdict(trial) | {"spared": sorted(spared)}
+
+    name = hashlib.sha256(json.dumps(sorted(spared)).encode()).hexdigest()[:16]
+    found = bench.cell(f"trial{bench.part}-{name}", judged)
+    return Trial(spared=spared, **{key: found[key] for key in ("met", "value", "drop", "high")})
 
 
 def exhaustive(bench: Bench) -> Json:
     """The table, and the decision that follows from it."""
     from fusepress.calib.search import search
 
-    draft, judge, standard = bench.chosen, bench.judge, bench.standard
-    units, begun = list(draft.units()), judge.evaluations
+    units = list(bench.chosen.units())
     known: dict[frozenset[str], Trial] = {}
 
     def tried(spared: frozenset[str]) -> Trial:
         if spared not in known:
-            with tempfile.TemporaryDirectory(prefix="fusepress-") as folder:
-                session = bench.session(draft.write(Path(folder) / "trial.onnx", spared))
-                known[spared] = judge.trial(spared, judge.evaluate(lambda inputs: session(inputs)), standard)
+            known[spared] = stored_trial(bench, spared)
         return known[spared]
 
     def lost(spared: frozenset[str]) -> float:
@@ -50,9 +66,9 @@ def exhaustive(bench: Bench) -> Json:
     ranking = sorted(units, key=lambda unit: -won[unit] / costs[unit])
     found = search(ranking, tried, most_trials=10 * len(units))
     return {
-        "judged_samples": standard.reference.n,
+        "judged_samples": bench.standard.reference.n,
         "cost_unit": bench.sensitivity.cost_unit,
-        "evaluations": judge.evaluations - begun,
+        "evaluations": len(known),
         "rung": found.rung,
         "spared": sorted(found.spared),
         "units": [{"name": u, "cost": costs[u], "lost_alone": alone[u], "lost_spared": spared[u]} for u in units],
@@ -114,13 +130,16 @@ def main() -> int:
         networks[bench.network.name] = run(seen)
     flags = ["--whole"] if arguments.whole else []
     flags += [] if arguments.judged_batches is None else [f"--judged-batches {arguments.judged_batches}"]
-    result = {
-        "command": "python -m benchmarks.quantize.decision --data DRIVE --networks " + " ".join([*networks, *flags]),
+    for name, row in networks.items():
+        row["command"] = " ".join(["python -m benchmarks.quantize.decision --data DRIVE --networks", name, *flags])
+    result: Json = {
         "tools": tool_versions("nvidia-modelopt", "onnx", "onnxruntime-gpu", "numpy"),
         "kind": "simulated: Q/DQ computed as written on ONNX Runtime CPU; accuracy on the calib split",
         "networks": networks,
     }
-    write_result("decision", result, [f"`{result['command']}`", "", *lines_of(networks)])
+    result = with_earlier("decision", result)
+    commands = [f"`{row['command']}`  " for row in result["networks"].values()]
+    write_result("decision", result, [*commands, "", *lines_of(result["networks"])])
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -262,6 +262,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table; a column is set to the right where its heading ends in a space."""
     rule = ["---:" if name.endswith(" ") else "---" for name in header]
     return [f"| {' | '.join(cell.strip() for cell in row)} |" for row in (header, rule, *rows)]
+
+
+def with_earlier(name: str, result: Json) -> Json:
+    """A result with the networks of the earlier one that this run did not look at, where the tools are the same."""
+    both = {**earlier_networks(name, result["tools"]), **result["networks"]}
+    return {**result, "networks": {key: both[key] for key in sorted(both, key=NAMES.index)}}
+
+
+def earlier_networks(name: str, tools: Mapping[str, str]) -> dict[str, Json]:
+    """The networks of an earlier result with these tools, each with the command and sources that it came of."""
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if earlier.get("tools") != tools:
+        return {}
+    whole = {key: earlier[key] for key in ("command", "sources") if key in earlier}
+    return {network: whole | row for network, row in earlier["networks"].items()}
 
 
 def write_result(name: str, result: Json, lines: Sequence[str]) -> None:

@@ -6,11 +6,12 @@ Each trained network is exported, calibrated on at most `--samples` of its calib
 split, with Q/DQ computed as written. `max`, `percentile`, `mse` and `entropy` have all layers in INT8 and a float32
 remainder; `modelopt` is what modelopt makes of the file when it is asked for nothing, FP16 remainder included; `ladder`
 is the release: ranges by `auto`, what the recipe excludes left out, layers spared until the calib split says that at
-most half a per cent is lost (or what the recipe allows), FP16 remainder. `street_unlike` computes what street computes,
-with an outlier channel and modalities of unlike ranges (networks.py). Differences are paired, with the 95 % interval of
-the bootstrap over the task's groups.
+most half a per cent is lost (or what the recipe allows), FP16 remainder; `qat` is short training under that of `max`,
+with learned ranges (qat.py). `street_unlike` computes what street computes, with an outlier channel and modalities of
+unlike ranges (networks.py). Differences are paired, with the 95 % interval of the bootstrap over the task's groups.
 
-Finished cells are kept in the store and never made again. Writes benchmarks/results/quantize/methods.json and .md.
+Finished cells are kept in the store and never made again; rows of an earlier result by the same tools, weights and
+calibration samples stay where this run made none. Writes benchmarks/results/quantize/methods.json and .md.
 """
 
 from __future__ import annotations
@@ -20,10 +21,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantize.files import SEED, TOOLS, Bench, Json, benches, markdown, parser, write_result
+from benchmarks.quantize.files import (
+    SEED,
+    TOOLS,
+    Bench,
+    Json,
+    benches,
+    earlier_networks,
+    markdown,
+    parser,
+    with_earlier,
+    write_result,
+)
 from benchmarks.quantize.networks import GAIN
+from benchmarks.quantize.qat import LR, STEPS, train_quantised
 
-METHODS = ("max", "percentile", "mse", "entropy", "modelopt", "ladder")
+METHODS = ("max", "percentile", "mse", "entropy", "modelopt", "qat", "ladder")
 REPLICATES = 1000
 LIMIT = 0.005  # relative
 SHARE = 0.9  # of the MACs
@@ -57,6 +70,8 @@ def made(bench: Bench, method: str) -> Path:
     def write(path: Path) -> None:
         if method == "modelopt":
             quantize_by_defaults(bench.source, bench.arrays, path)
+        elif method == "qat":
+            train_quantised(bench, path)
         elif method == "entropy":
             draft_int8(bench.source, bench.arrays, method="entropy", sample_ids=bench.card.sample_ids).write(path)
         else:
@@ -88,6 +103,8 @@ def run(bench: Bench, method: str) -> Json:
         **against_float(bench.network.task, bench.floating, bench.judged(path)),
         "seconds_to_make": round(seconds, 1),
     }
+    if method == "qat":
+        row |= {"steps": STEPS, "lr": LR}
     if method == "ladder":
         told = bench.ladder()
         row |= {key: told[key] for key in ("rung", "ranges_by", "units", "evaluations", "reason", "excluded")}
@@ -109,6 +126,8 @@ def table(networks: dict[str, Json]) -> list[str]:
             if method == "ladder":
                 method = f"ladder: {row['ranges_by']}, {row['spared']} of {row['units']} units spared"
                 method += f", `{'`, `'.join(row['excluded'])}` excluded" if row["excluded"] else ""
+            if method == "qat":
+                method = f"qat: max, then {row['steps']} steps"
             met = "yes" if row["relative_drop"] <= LIMIT and row["macs_share_int8"] >= SHARE else "no"
             interval = "" if row["drop_low"] is None else f" ({row['drop_low']:+.4f} to {row['drop_high']:+.4f})"
             figures = [f"{row['macs_share_int8']:.1%}", f"{row['fp32']:.4f}", f"{row['value']:.4f}"]
@@ -118,6 +137,18 @@ def table(networks: dict[str, Json]) -> list[str]:
     return markdown(("Network", "Ranges", "MACs in INT8 ", *judged), rows)
 
 
+def merged(now: Json, earlier: Json | None) -> Json:
+    """A network's rows of now, and the earlier ones of methods that were not run again, in the order of `METHODS`."""
+    alike = ("metric", "calibration_samples", "calibration_card_sha256")
+    rows = {row["method"]: row for row in now["rows"]}
+    if earlier is not None and all(now[key] == earlier[key] for key in alike):
+        reference = {row["fp32"] for row in rows.values()}
+        told = {key: earlier[key] for key in ("sources",) if key in earlier}
+        same = [told | row for row in earlier["rows"] if reference <= {row["fp32"]}]  # other weights have another one
+        rows = {row["method"]: row for row in same} | rows
+    return {**now, "rows": sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))}
+
+
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -125,6 +156,8 @@ def main() -> int:
     arguments = options.parse_args()
     from fusepress.pipeline.stages.base import tool_versions
 
+    tools = tool_versions(*TOOLS)
+    before = earlier_networks("methods", tools)
     networks: dict[str, Json] = {}
     for bench in benches(arguments):
         rows = [
@@ -133,16 +166,17 @@ def main() -> int:
             if not arguments.table or bench.has(cell_of(method))
         ]
         task = bench.network.task
-        networks[bench.network.name] = {
+        now = {
             "metric": task.primary,
             "better": task.metrics[task.primary],
             "calibration_samples": len(bench.card.sample_ids),
             "calibration_card_sha256": bench.card.sha256,
             "rows": rows,
         }
+        networks[bench.network.name] = merged(now, before.get(bench.network.name))
     result = {
         "command": "python -m benchmarks.quantize.methods --data DRIVE",
-        "tools": tool_versions(*TOOLS),
+        "tools": tools,
         "kind": "simulated: Q/DQ computed as written on ONNX Runtime CPU",
         "threads": arguments.threads,
         "seed": SEED,
@@ -151,9 +185,9 @@ def main() -> int:
         "output_error_is": "relative squared error of the outputs on 8 calibration samples",
         "networks": networks,
     }
-    write_result(
-        "methods", result, [f"`{result['command']}`; versions and intervals in methods.json", "", *table(networks)]
-    )
+    result = with_earlier("methods", result)
+    told = f"`{result['command']}`; versions and intervals in methods.json"
+    write_result("methods", result, [told, "", *table(result["networks"])])
     return 0
 
 

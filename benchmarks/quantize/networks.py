@@ -54,14 +54,14 @@ class Network:
             self.change(model)
         return model
 
-    def export(self, path: Path) -> Path:
-        """Write it as ONNX, slimmed as the export stage does."""
+    def export(self, path: Path, model: nn.Module | None = None) -> Path:
+        """Write it, or the same architecture with other weights, as ONNX, slimmed as the export stage does."""
         from fusepress.export.onnx import export_onnx
         from fusepress.export.passes import slim
         from fusepress.pipeline.evaluate import torch_predict
         from fusepress.pipeline.task import first_batch
 
-        model, batch = self.model(), first_batch(self.task, "calib", size=1)
+        model, batch = model or self.model(), first_batch(self.task, "calib", size=1)
         raw = path.with_suffix(".raw.onnx")
         export_onnx(model, batch.inputs, list(torch_predict(self.task, model)(batch.inputs)), raw)
         slim(raw, path, [batch])
