@@ -40,7 +40,9 @@ LOOKED_AT = 64  # samples that must hold two neighbours of one group, or nothing
 KINDS = ("blank", "noise", "half", "dark", "bright", "lost", "stale", "narrow", "sparse", "rotate", "shift")
 CAMERAS_ONLY = frozenset({"dark", "bright"})
 NO_CAMERAS = frozenset({"sparse"})
-BY_SAMPLE = frozenset({"noise", "sparse", "stale"})  # training batches need no names, and one may go blank in them
+BY_SAMPLE = frozenset(
+    {"noise", "lost", "sparse", "stale"}
+)  # training batches need no names, and one may go blank in them
 BY_LAYOUT = frozenset({"bright", "lost", "narrow", "sparse", "rotate", "shift"})
 
 
@@ -230,6 +232,8 @@ class _Failure:
 
 
 def _corrupted(task: LoadedTask, batch: Batch, *, failure: str, severity: int, history: _History) -> Batch:
+    if severity == 0 and failure in getattr(task.user, "failures", ()):
+        return batch  # nobody asks a task for a healthy sensor
     own = _own(task, batch, failure, severity) if severity else None
     if own is not None:
         return own

@@ -380,6 +380,17 @@ def test_a_failure_that_changes_nothing_is_refused_before_anything_runs() -> Non
     with pytest.raises(TaskError, match=r"camera_blank at severity 2 to change an input.*mend Numb\.corrupt"):
         check_failure(load(Numb()), "camera_blank", 2)
     check_failure(load(), "camera_blank", 2)
+    assert corrupt(load(Numb()), frames([0]), "camera_blank", 0).inputs.keys() == User.input_layouts.keys() | {
+        "front",
+        "rear",
+    }
+
+
+@pytest.mark.parametrize("failure", ["camera_noise", "camera_lost", "lidar_sparse", "lidar_stale"])
+def test_what_is_drawn_by_sample_needs_every_samples_name(batch: Batch, failure: str) -> None:
+    with pytest.raises(TaskError, match="expected 5 sample_ids, which failures are drawn by; got 0; name every sample"):
+        corrupt(load(), replace(batch, sample_ids=()), failure, 1)
+    assert not corrupt(load(), replace(batch, sample_ids=()), "camera_blank", 1).inputs["front"].any()
 
 
 def test_nothing_is_stale_where_no_two_frames_belong_together() -> None:
