@@ -14,15 +14,17 @@ from fusepress.pipeline.errors import ExportError, MeasureError
 from fusepress.pipeline.evidence import UNSTABLE, Measurement, RunRecord
 from fusepress.pipeline.store import atomic_write_text
 from fusepress.targets.doctor import Finding, examine
+from fusepress.targets.local import LocalDevice
 from fusepress.targets.profile import Profile
 from fusepress.targets.remote import measure_remote, probe_device
-from fusepress.targets.remote_result import EngineOrder, EngineResult, RemoteResult, RemoteSettings
+from fusepress.targets.remote_result import EngineOrder, EngineResult, RemoteResult, RemoteSettings, Throughput
 from fusepress.targets.ssh import SshDevice
 
 if TYPE_CHECKING:
     from fusepress.targets.doctor import DeviceFacts
 
 DEVICE_FOLDER = "device"
+THROUGHPUT = "throughput_hz"
 PART = "part "  # before a branch's name, which could be any
 
 
@@ -31,16 +33,20 @@ class DeviceSettings:
     """How a device is reached and measured.
 
     Attributes:
-        host: as ssh knows it.
+        host: as ssh knows it; None is this machine, with its own trtexec.
         ssh_config: in place of the user's own.
         allow_unstable: tell figures that cannot be trusted instead of refusing them; they decide nothing.
         remote: how long, and in which state.
     """
 
-    host: str
+    host: str | None
     ssh_config: Path | None = None
     allow_unstable: bool = False
     remote: RemoteSettings = field(default_factory=RemoteSettings)
+
+    def connect(self) -> SshDevice:
+        """The device, to be used in a `with` statement."""
+        return LocalDevice() if self.host is None else SshDevice(self.host, config=self.ssh_config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +79,14 @@ def measure_run_there(
     """
     from fusepress.export.branches import split_branches
 
-    mode = record.target_profile.get("power_mode")
+    # another target than the run's is judged in a mode of its own
+    mode = record.target_profile.get("power_mode") if profile.name == record.target else None
     shipment = shipment_of_run(record, folder)
     with tempfile.TemporaryDirectory(prefix="fusepress-") as place:
         cut = split_branches(shipment.orders[0].onnx, record.task["branches"], Path(place)) if parts else {}
         result = measure_shipment(shipment.with_parts(cut), settings, profile, mode, reporter)
     keep_layers(result, folder)
-    rows = device_rows(result, device=record.target, power_mode=mode, precision=record.final_precision)
+    rows = device_rows(result, device=profile.name, power_mode=mode, precision=record.final_precision)
     return rows, result.to_dict()
 
 
@@ -98,7 +105,7 @@ def examine_device(
     settings: DeviceSettings, profile: Profile | None, mode: str | None
 ) -> tuple[DeviceFacts, list[Finding]]:
     """What a device is, and what speaks for or against measuring on it."""
-    with SshDevice(settings.host, config=settings.ssh_config) as device:
+    with settings.connect() as device:
         facts = probe_device(device)
     return facts, examine(facts, profile=profile, mode=mode)
 
@@ -153,7 +160,7 @@ def measure_shipment(
     reporter = reporter or Reporter(quiet=True)
     reporter.begin("measure", "1/1")
     try:
-        with SshDevice(settings.host, config=settings.ssh_config) as device:
+        with settings.connect() as device:
             result = measure_remote(
                 device,
                 shipment.orders,
@@ -165,19 +172,20 @@ def measure_shipment(
             )
     finally:
         reporter.end()
+    place = settings.host or "this machine"
     far = [found for found in result.differences if not found.relative <= shipment.tolerance]
     if far:
         worst = max(far, key=lambda found: found.relative)
         raise MeasureError(
             f"expected outputs within {shipment.tolerance:g} of their scale; got {worst.relative:.3g} at output "
-            f"{worst.output!r} of the engine on {settings.host}; its latency is that of another model: compare layer "
+            f"{worst.output!r} of the engine on {place}; its latency is that of another model: compare layer "
             "by layer, for example with `polygraphy run --onnxrt --trt`"
         )
     doubtful = [(name, why) for name, engine in result.engines.items() for why in engine.unstable]
     if doubtful and not settings.allow_unstable:
         told = "; ".join(f"{name}: {why}" for name, why in doubtful)
         raise MeasureError(
-            f"expected a stable latency on {settings.host}; got {told}; lock its clocks (sudo without a password), let "
+            f"expected a stable latency on {place}; got {told}; lock its clocks (sudo without a password), let "
             "it cool down and end other work there, or take --allow-unstable: then the figures decide nothing"
         )
     return result
@@ -232,8 +240,10 @@ def _extras(result: RemoteResult, engine: EngineResult, common: dict[str, Any]) 
                 kind="measured", batch=1, **common,
             )
         )  # fmt: skip
+    if engine.throughput is not None:
+        rows += _throughput_rows(engine.throughput, common)
     if engine.energy_mj is not None:
-        note = "mean power of the whole board times the time of an inference, back to back"
+        note = "mean power of the whole board while inferences were timed, times the time of one, back to back"
         rows.append(
             Measurement(name="energy_mj", value=engine.energy_mj, unit="mJ", kind="measured", note=note, **common)
         )
@@ -253,6 +263,20 @@ def _extras(result: RemoteResult, engine: EngineResult, common: dict[str, Any]) 
         for name, found in result.speedups.items()
     ]  # fmt: skip
     return rows
+
+
+def _throughput_rows(found: Throughput, common: dict[str, Any]) -> list[Measurement]:
+    note = f"{found.streams} streams at once, as trtexec counts"
+    latency = found.latency
+    return [
+        Measurement(
+            name=THROUGHPUT, value=found.per_second, n=latency.n, unit="1/s", kind="measured", note=note, **common
+        ),
+        Measurement(
+            name="latency.streams.mean_ms", value=latency.mean_ms, low=latency.mean_low_ms, high=latency.mean_high_ms,
+            n=latency.n, unit="ms", kind="measured", batch=1, note=f"of one of {found.streams} streams", **common,
+        ),
+    ]  # fmt: skip
 
 
 def keep_layers(result: RemoteResult, folder: Path) -> None:

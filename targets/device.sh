@@ -58,12 +58,21 @@ section() { printf '\n== %s\n' "$1"; }
 
 first() { [ -r "$1" ] && head -n 1 "$1" 2>/dev/null; }
 
+program() { # its path from /, for jobs run elsewhere
+  if [ -z "$1" ] || [ ! -f "$1" ] || [ ! -x "$1" ]; then return 1; fi
+  case $1 in
+  /*) printf '%s\n' "$1" ;;
+  *) printf '%s/%s\n' "$PWD" "$1" ;;
+  esac
+}
+
 trtexec_path() {
-  for found in "${TRTEXEC:-}" "$(command -v trtexec 2>/dev/null)" /usr/src/tensorrt/bin/trtexec /opt/tensorrt/bin/trtexec; do
-    if [ -n "$found" ] && [ -x "$found" ]; then
-      printf '%s\n' "$found"
-      return 0
-    fi
+  if [ -n "${TRTEXEC:-}" ]; then # what was named is taken, or nothing
+    program "$TRTEXEC" || program "$(command -v "$TRTEXEC" 2>/dev/null)"
+    return
+  fi
+  for found in "$(command -v trtexec 2>/dev/null)" /usr/src/tensorrt/bin/trtexec /opt/tensorrt/bin/trtexec; do
+    program "$found" && return
   done
   return 1
 }

@@ -5,6 +5,7 @@ Formats: nvpmodel -q, jetson_clocks --show and tegrastats of JetPack 5 and 6 as 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ CLOCK_DROP = 0.95  # of the highest clock while the GPU is busy
 NEED_MIB = 1024  # of disk, for models, engines and logs
 NEED_MEMORY_MIB = 1024
 BUSY_PERCENT = 50
+SAMPLE_S = 0.5  # between two lines of a sampler, as device.sh asks for
 _SECTION = re.compile(r"^== ([\w-]+)$", re.MULTILINE)
 _CLOCK = re.compile(r"^(GPU|EMC) MinFreq=(\d+) MaxFreq=(\d+) CurrentFreq=(\d+)", re.MULTILINE)
 _GR3D = re.compile(r"GR3D_FREQ (\d+)%(?:@\[?(\d+)[\d,]*\]?)?")
@@ -58,6 +60,7 @@ class PowerState:
         overcurrent_events: count since the device started.
         throttling: nvidia-smi's reasons of the moment other than an idle GPU.
         load: average over a minute.
+        clock_s: seconds by the device's clock.
     """
 
     mode: str | None = None
@@ -67,6 +70,7 @@ class PowerState:
     overcurrent_events: int = 0
     throttling: bool = False
     load: float | None = None
+    clock_s: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -147,7 +151,8 @@ class Samples:
         n: lines that could be read.
         gpu_mhz: lowest and highest clock while the GPU was busy.
         hottest_c: of all sensors.
-        board_mw: mean power of the whole board; None where the rails of this board do not tell.
+        board_mw: mean power of the whole board while inferences were timed, so without load and warm-up; None where
+            the rails of this board do not tell, or too few lines are left.
     """
 
     n: int
@@ -233,6 +238,7 @@ def _power(part: Mapping[str, str]) -> PowerState:
         overcurrent_events=sum(int(line.split()[0]) for line in _lines(part, "events") if line.split()[0].isdigit()),
         throttling=_throttles(part),
         load=float(load[0]) if load else None,
+        clock_s=int(part["time"]) if part.get("time", "").isdigit() else None,
     )
 
 
@@ -272,8 +278,13 @@ def _throttles(part: Mapping[str, str]) -> bool:
     return False
 
 
-def parse_samples(text: str) -> Samples:
-    """Lines of tegrastats, or of nvidia-smi with `clocks.sm,temperature.gpu,power.draw,utilization.gpu`."""
+def parse_samples(text: str, *, warmup_s: float = 0.0) -> Samples:
+    """Lines of tegrastats, or of nvidia-smi with `clocks.sm,temperature.gpu,power.draw,utilization.gpu`.
+
+    Args:
+        text: the lines, one every `SAMPLE_S`.
+        warmup_s: how long the GPU is busy before anything counts, for the power.
+    """
     clocks: list[float] = []
     hot: list[float] = []
     power: list[float] = []
@@ -282,23 +293,25 @@ def parse_samples(text: str) -> Samples:
         if "GR3D_FREQ" in line:
             n += 1
             gpu = _GR3D.search(line)
-            if gpu and gpu[2] and int(gpu[1]) >= BUSY_PERCENT:
+            busy = gpu is not None and int(gpu[1]) >= BUSY_PERCENT
+            if gpu and gpu[2] and busy:
                 clocks.append(float(gpu[2]))
             hot += [float(value) for value in _TEMPERATURE.findall(line) if float(value) > -100]
             rails = {name: float(value) for name, value in _POWER.findall(line)}
-            power += [rails[name] for name in _BOARD_RAILS if name in rails][:1]
+            power += [rails[name] for name in _BOARD_RAILS if name in rails and busy][:1]
         elif re.fullmatch(r"\s*\d+(?:\.\d+)?, \d+, [\d.]+, \d+\s*", line):
             n += 1
             clock, celsius, watts, busy_percent = (float(value) for value in line.split(","))
             if busy_percent >= BUSY_PERCENT:  # an idle GPU clocks down, as while an engine is loaded
                 clocks.append(clock)
+                power.append(1000 * watts)
             hot.append(celsius)
-            power.append(1000 * watts)
+    timed = power[math.ceil(warmup_s / SAMPLE_S) :]  # an engine's load leaves the GPU idle, its warm-up does not
     return Samples(
         n=n,
         gpu_mhz=(min(clocks), max(clocks)) if clocks else None,
         hottest_c=max(hot, default=None),
-        board_mw=sum(power) / len(power) if power else None,
+        board_mw=sum(timed) / len(timed) if timed else None,
     )
 
 
@@ -320,7 +333,9 @@ def examine(
 
 def _software(facts: DeviceFacts, profile: Profile | None) -> list[Finding]:
     if facts.trtexec is None:
-        text = "no trtexec; install the TensorRT samples of the device (libnvinfer-bin), or set TRTEXEC there"
+        text = (
+            "no trtexec; install the TensorRT samples of the device (libnvinfer-bin), or set TRTEXEC there to its path"
+        )
         return [Finding(level="refuse", what="trtexec", text=text)]
     if facts.tensorrt is None:
         text = f"{facts.trtexec} does not say its TensorRT version; run it there by hand: a library may be missing"

@@ -44,8 +44,10 @@ from fusepress.targets.remote_result import (
     EngineResult,
     RemoteResult,
     RemoteSettings,
+    Throughput,
     Timing,
     compare_outputs,
+    longest_pause_s,
     speedups,
 )
 from fusepress.targets.ssh import BUSY, UNRESTORED, CallFailed, ConnectionLost, SshDevice
@@ -62,6 +64,7 @@ from fusepress.targets.trtexec_command import (
 REFERENCES = "references.json"
 STALE_LOCK_S = 90
 ATTEMPTS = 2  # of unstable timings
+APART_S = 300  # rounds with such a pause between them did not meet the same state: reconnecting takes at most 120 s
 RUN_LIMIT_S = 300  # beyond the seconds that a timed run is asked for
 LOCAL_LOCKS = Path.home() / ".cache" / "fusepress" / "devices"
 DAY_S = 86_400
@@ -365,13 +368,7 @@ class _Session:
     ) -> tuple[dict[str, Timing], PowerState, bool]:
         """All engines in turns; once more from the start where a timing is unstable."""
         for attempt in range(ATTEMPTS):
-            timed = {order.name: Timing() for order in orders}
-            for turn in range(self.settings.rounds):
-                for position in range(len(orders)):
-                    index = (turn + position) % len(orders)
-                    order = orders[index]
-                    word = f"timing {order.name}, round {turn + 1} of {self.settings.rounds}"
-                    self._round(timed[order.name], f"time-{attempt}-{index}-{turn}", keys[order.name], word)
+            timed = self._in_turns(orders, keys, attempt)
             if not any(timing.unstable() for timing in timed.values()):
                 break
         job = f"{self.run}/time-{attempt}-0-{self.settings.rounds - 1}"
@@ -386,25 +383,57 @@ class _Session:
             )
         return timed, during, files[f"{job}/locked"] is not None
 
-    def _round(self, timing: Timing, job: str, key: str, word: str) -> None:
+    def _in_turns(self, orders: Sequence[EngineOrder], keys: Mapping[str, str], attempt: int) -> dict[str, Timing]:
+        """Every engine once in each round. What a killed client timed long ago is timed anew with the rest.
+
+        Raises:
+            MeasureError: there was a long pause between rounds, twice.
+        """
+        turns = [
+            ((turn + position) % len(orders), turn)
+            for turn in range(self.settings.rounds)
+            for position in range(len(orders))
+        ]
+        jobs = {(index, turn): f"time-{attempt}-{index}-{turn}" for index, turn in turns}
+        for _ in range(2):
+            timed = {order.name: Timing() for order in orders}
+            ends: list[PowerState] = []
+            for index, turn in turns:
+                order = orders[index]
+                word = f"timing {order.name}, round {turn + 1} of {self.settings.rounds}"
+                ends += self._round(timed[order.name], jobs[index, turn], keys[order.name], word)
+            pause_s = longest_pause_s(ends)
+            if pause_s <= APART_S:
+                return timed
+            for job in jobs.values():
+                self.device.call("tidy", f"{self.run}/{job}")
+        raise MeasureError(
+            f"expected rounds that follow one another on {self.device.host}; got a pause of {pause_s:.0f} s between "
+            "two of them, twice; keep this computer awake and measure again"
+        )
+
+    def _round(self, timing: Timing, job: str, key: str, word: str) -> tuple[PowerState, PowerState]:
+        """One engine once more; the power state before and after."""
         times = f"{job}.times.json"
         arguments = self._bench(key, times)
-        log, texts = self._run(job, arguments, self._seconds(), word, 0.4, f"out/{times}", f"{job}/samples")
+        wanted = (f"out/{times}", f"{job}/samples", f"{job}/before", f"{job}/after")
+        log, (timed, samples, before, after) = self._run(job, arguments, self._seconds(), word, 0.4, *wanted)
         timing.logs.append(log)
-        timing.times.append(parse_times(texts[0], warmup_ms=WARMUP_MS, where=times))
-        timing.samples.append(parse_samples(texts[1]))
+        timing.times.append(parse_times(timed, warmup_ms=WARMUP_MS, where=times))
+        timing.samples.append(parse_samples(samples, warmup_s=WARMUP_MS / 1e3))
+        return parse_power(before), parse_power(after)
 
     def _seconds(self) -> int:
         """Of one round."""
         return max(1, round(self.settings.seconds / self.settings.rounds))
 
-    def _bench(self, key: str, times: str, *, copies: bool = False) -> list[str]:
+    def _bench(self, key: str, times: str, *, copies: bool = False, streams: int = 1) -> list[str]:
         assert self.facts.tensorrt is not None
         plan, version = f"../../../engines/{key}/model.plan", self.facts.tensorrt.version
-        return trtexec_bench(plan, version, seconds=self._seconds(), copies=copies, times=times)
+        return trtexec_bench(plan, version, seconds=self._seconds(), copies=copies, times=times, streams=streams)
 
     def _result(
-        self, order: EngineOrder, key: str, sha256: str, reused: bool, timing: Timing, copies: bool
+        self, order: EngineOrder, key: str, sha256: str, reused: bool, timing: Timing, first: bool
     ) -> EngineResult:
         name = f"profile-{key[:8]}"
         arguments = trtexec_profile(f"../../../engines/{key}/model.plan", profile=f"{name}.json")
@@ -415,7 +444,8 @@ class _Session:
             key=key,
             reused=reused,
             latency=timing.latency(),
-            with_copies=self._with_copies(key) if copies else None,
+            with_copies=self._with_copies(key) if first else None,
+            throughput=self._throughput(key) if first and self.settings.streams > 1 else None,
             warnings=timing.warnings(),
             unstable=timing.unstable(),
             energy_mj=timing.energy_mj(),
@@ -429,6 +459,19 @@ class _Session:
         arguments = self._bench(key, times, copies=True)
         _, (text,) = self._run(name, arguments, self._seconds(), "timing with copies", 0.85, f"out/{times}")
         return summarize(parse_times(text, warmup_ms=WARMUP_MS, where=times).latency_ms[:KEPT_A_ROUND])
+
+    def _throughput(self, key: str) -> Throughput:
+        name, streams = f"streams-{key[:8]}", self.settings.streams
+        times = f"{name}.times.json"
+        arguments = self._bench(key, times, streams=streams)
+        log, (text,) = self._run(name, arguments, self._seconds(), f"timing {streams} streams", 0.87, f"out/{times}")
+        if log.throughput_qps is None:
+            raise MeasureError(
+                f"expected trtexec to tell its throughput on {self.device.host}; got a log without one; run it "
+                f"there by hand with {' '.join(arguments)}"
+            )
+        found = parse_times(text, warmup_ms=WARMUP_MS, where=times).compute_ms[: streams * KEPT_A_ROUND]
+        return Throughput(streams=streams, per_second=log.throughput_qps, latency=summarize(found))
 
     # -------------------------------------------------------------------------------------------------------- numerics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class RemoteSettings:
         set_mode: change to the power mode that is judged; put back afterwards.
         build_limit_s: longest time for one engine.
         wait_s: for another user to leave the device.
+        streams: inferences at the same time, for the throughput of the first engine; 1 to leave it out.
     """
 
     seconds: float = 10.0
@@ -55,6 +57,22 @@ class RemoteSettings:
     set_mode: bool = False
     build_limit_s: int = 3600
     wait_s: float = 0.0
+    streams: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """Inferences on several streams at once.
+
+    Attributes:
+        streams: how many.
+        per_second: of all streams together, as trtexec counts.
+        latency: of one of them, while the others run.
+    """
+
+    streams: int
+    per_second: float
+    latency: LatencyMeasurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +85,8 @@ class EngineResult:
         with_copies: of the computation with its copies between host and device; None where it was not timed.
         warnings: trtexec's, about the timing.
         unstable: why the timing cannot be trusted; empty where it can.
-        energy_mj: of the whole board for one inference, where its rails tell.
+        energy_mj: of the whole board for one inference, where its rails tell; without load and warm-up.
+        throughput: on several streams; None where it was not asked for.
         layers, profile: what trtexec exports about the layers, as it is.
     """
 
@@ -80,6 +99,7 @@ class EngineResult:
     warnings: tuple[str, ...] = ()
     unstable: tuple[str, ...] = ()
     energy_mj: float | None = None
+    throughput: Throughput | None = None
     layers: str = ""
     profile: str = ""
 
@@ -173,7 +193,7 @@ class Timing:
         return tuple(dict.fromkeys(why))
 
     def energy_mj(self) -> float | None:
-        """Mean power of the board times the time that an inference takes, back to back."""
+        """Mean power of the board while inferences are timed, times the time that one takes, back to back."""
         powers = [s.board_mw for s in self.samples if s.board_mw is not None]
         rates = [log.throughput_qps for log in self.logs if log.throughput_qps]
         if not powers or not rates:
@@ -194,6 +214,19 @@ def speedups(orders: Sequence[EngineOrder], timed: Mapping[str, Timing]) -> dict
         new, old = (np.concatenate(column) for column in zip(*pairs, strict=True))
         found[order.name] = speedup_of(old, new)
     return found
+
+
+def longest_pause_s(states: Sequence[PowerState]) -> float:
+    """Between the end of a run and the start of the next, by the device's clock, which may have been set meanwhile.
+
+    Args:
+        states: before and after each run, in their order.
+    """
+    clocks = [(before.clock_s, after.clock_s) for before, after in zip(states[::2], states[1::2], strict=True)]
+    pauses = [
+        abs(start - end) for (_, end), (start, _) in itertools.pairwise(clocks) if start is not None and end is not None
+    ]
+    return float(max(pauses, default=0.0))
 
 
 def compare_outputs(

@@ -28,6 +28,14 @@ CONNECT_TIMEOUT_S = 15
 CHUNK_BYTES = 4 << 20
 LOSSES = 5  # connections that one call may lose: each is made again, and something may end them all
 SSH_FAILED = 255
+# What a user's configuration may hold for a terminal and would break a run: another command or none, forwardings that
+# end the connection, a connection that leaves us for the background, no standard input, too few words.
+_PLAIN = (
+    "RemoteCommand=none", "RequestTTY=no", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "Tunnel=no",
+    "PermitLocalCommand=no", "ControlPersist=no", "LogLevel=INFO", "VisualHostKey=no",
+)  # fmt: skip
+_PLAIN_SINCE_8_7 = ("ForkAfterAuthentication=no", "StdinNull=no")  # older programs refuse the words
+_SESSION_SINCE_8_7 = "SessionType=default"
 MARK = b"== fusepress\n"  # our program's first line; what a login shell prints comes before it
 USAGE, OTHER_HASH, MISSING, UNRESTORED, CANNOT_WRITE, BUSY = 64, 65, 69, 70, 73, 75
 
@@ -58,6 +66,13 @@ class CallFailed(DeviceError):
         super().__init__(message)
         self.code = code
         self.said = said
+
+    @classmethod
+    def of(cls, command: Sequence[str], host: str, code: int, stderr: bytes) -> CallFailed:
+        """From what a command on a host left: `sh PROGRAM VERB ...`."""
+        said = "; ".join(stderr.decode(errors="replace").strip().splitlines()) or f"exit code {code}"
+        verb = command[2] if len(command) > 2 else shlex.join(command)
+        return cls(f"expected {verb} to work on {host}; got {said}", code, said)
 
 
 def check_host(host: str) -> str:
@@ -107,6 +122,7 @@ class SshDevice:
         self._sleep = sleep
         self._clock = clock
         self._private: Path | None = None
+        self._modern = False
         self._master: subprocess.Popen[bytes] | None = None
         self._script = f"{FOLDER}/bin/device-{sha256_file(PROGRAM)[:16]}.sh"
         self.drops = 0
@@ -117,6 +133,7 @@ class SshDevice:
         if found is None:
             raise UsageError("expected the ssh program; got none in PATH; install OpenSSH's client")
         self._program = found
+        self._modern = _version(found) >= (8, 7)
         # a socket's path may have about 100 bytes, so that the usual place for temporary files can be too deep
         self._private = Path(tempfile.mkdtemp(prefix="fp-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108
         try:
@@ -151,7 +168,7 @@ class SshDevice:
             "-o", "ServerAliveInterval=5",
             "-o", "ServerAliveCountMax=3",
             "-o", f"ControlPath={self._private}/s",
-            "-T",
+            *(word for option in _PLAIN + _PLAIN_SINCE_8_7 * self._modern for word in ("-o", option)),
         ]  # fmt: skip
 
     def _connect(self) -> None:
@@ -234,9 +251,10 @@ class SshDevice:
     def _ssh(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float = CALL_TIMEOUT_S) -> bytes:
         """One remote command, every word of it quoted; `ConnectionLost` where ssh itself failed."""
         line = shlex.join(command)
+        session = ["-o", _SESSION_SINCE_8_7] if self._modern else []
         try:
             done = subprocess.run(
-                [self._program, *self._options(), "-o", "ControlMaster=no", "--", self.host, line],
+                [self._program, *self._options(), *session, "-o", "ControlMaster=no", "--", self.host, line],
                 input=stdin,
                 capture_output=True,
                 timeout=timeout_s,
@@ -249,9 +267,7 @@ class SshDevice:
             self._raise_final(said)
             raise ConnectionLost(_last_line(said))
         if done.returncode != 0:
-            said = "; ".join(said.splitlines()) or f"exit code {done.returncode}"
-            message = f"expected {command[2] if len(command) > 2 else line} to work on {self.host}; got {said}"
-            raise CallFailed(message, done.returncode, said)
+            raise CallFailed.of(command, self.host, done.returncode, done.stderr)
         return done.stdout
 
     def call(self, verb: str, *arguments: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
@@ -429,6 +445,13 @@ class SshDevice:
         """One verb if the device is there, for when the user gives up."""
         with contextlib.suppress(DeviceError, ConnectionLost):
             self._verb(verb, *arguments, timeout_s=30.0)
+
+
+def _version(program: str) -> tuple[int, int]:
+    """Of OpenSSH's client; (0, 0) where it does not say."""
+    done = subprocess.run([program, "-V"], capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False)
+    found = re.search(r"OpenSSH\D*(\d+)\.(\d+)", done.stdout + done.stderr)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _files(data: bytes, names: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:

@@ -52,7 +52,13 @@ def trtexec_build(
 
 
 def trtexec_bench(
-    plan: str, version: str, *, seconds: int = BENCH_SECONDS, copies: bool = False, times: str | None = None
+    plan: str,
+    version: str,
+    *,
+    seconds: int = BENCH_SECONDS,
+    copies: bool = False,
+    times: str | None = None,
+    streams: int = 1,
 ) -> list[str]:
     """The trtexec arguments that time an engine with a CUDA graph, on any version.
 
@@ -62,7 +68,9 @@ def trtexec_bench(
         seconds: how long, at least; also at least 1,000 inferences.
         copies: with the copies between host and device; else compute time alone.
         times: file for the time of each inference; named after the plan when None.
+        streams: inferences that are under way at the same time.
     """
+    several = "--infStreams" if tensorrt_version(version) >= (8, 6) else "--streams"
     modern = tensorrt_version(version)[0] >= 11  # there graph, no copies and spin wait are the defaults
     if modern:
         choice = ["--includeDataTransfers"] if copies else []
@@ -71,6 +79,7 @@ def trtexec_bench(
     return [
         f"--loadEngine={plan}",
         *choice,
+        *([f"{several}={streams}"] if streams > 1 else []),
         f"--warmUp={WARMUP_MS}",
         f"--duration={seconds}",
         "--iterations=1000",

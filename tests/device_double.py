@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusepress.targets.ssh import SshDevice
 from tests import trtexec_formats as formats
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
@@ -56,6 +57,9 @@ which=$(cut -c 1-16 <"$load")
 [ -e "$here/times-$which" ] || which=any
 if [ -n "${times:-}" ]; then
   pause time
+  # this one ends at once; a real one is long enough for its sampler
+  patience=100
+  until [ -s "../${times%.times.json}/samples" ] || [ "$patience" = 0 ]; do sleep 0.05; patience=$((patience - 1)); done
   if [ -e "$here/fail-time" ]; then cat "$here/fail-time"; exit 1; fi
   cp "$here/times-$which" "$times"
   cat "$here/log-$which"
@@ -111,19 +115,26 @@ esac
 """
 TEGRASTATS = r"""#!/bin/sh
 here=@HERE@
-while :; do cat "$here/tegrastats.txt"; sleep 1; done
+cat "$here/tegrastats.txt"
+exec sleep 600
 """
 SESSION = r"""#!/bin/sh
 echo "a login shell's own words"
 cd @HOME@ || exit 1
 HOME=@HOME@ PATH=@HERE@/bin:$PATH FUSEPRESS_DEVICE_ROOT=@HERE@/root
-export HOME PATH FUSEPRESS_DEVICE_ROOT
+export HOME PATH FUSEPRESS_DEVICE_ROOT @MORE@
 exec sh -c "$SSH_ORIGINAL_COMMAND"
 """
 TEGRASTATS_LINE = (
     "11-21-2026 10:00:00 RAM 18207/62841MB (lfb 466x4MB) SWAP 86/31420MB (cached 0MB) CPU [14%@2188,5%@2112] "
-    "EMC_FREQ 3%@3199 GR3D_FREQ 99%@[{mhz},{mhz}] NVENC off APE 174 cpu@52.562C soc2@48.437C tj@52.562C cv0@-256C "
-    "VDD_GPU_SOC 2412mW/2412mW VDD_CPU_CV 1607mW/1607mW VIN_SYS_5V0 4707mW/4707mW VDD_IN 20000mW/20000mW"
+    "EMC_FREQ 3%@3199 GR3D_FREQ {busy}%@[{mhz},{mhz}] NVENC off APE 174 cpu@52.562C soc2@48.437C tj@52.562C cv0@-256C "
+    "VDD_GPU_SOC 2412mW/2412mW VDD_CPU_CV 1607mW/1607mW VIN_SYS_5V0 4707mW/4707mW VDD_IN {milliwatts}mW/{milliwatts}mW"
+)
+BOARD_MW = 20_000  # while inferences are timed
+# every half second: the engine is loaded, two seconds of warm-up, inferences are timed
+TEGRASTATS_LINES = "".join(
+    TEGRASTATS_LINE.format(mhz=1300, busy=busy, milliwatts=milliwatts) + "\n"
+    for busy, milliwatts in [(0, 5000)] * 2 + [(99, 12_000)] * 4 + [(99, BOARD_MW)] * 4
 )
 
 
@@ -154,7 +165,7 @@ class DeviceDouble:
         self.program("nvidia-smi", "#!/bin/sh\nexit 1\n")
         self.write("mode", "0\n")
         self.write("clocks", "free\n")
-        self.write("tegrastats.txt", TEGRASTATS_LINE.format(mhz=1300) + "\n")
+        self.write("tegrastats.txt", TEGRASTATS_LINES)
         self.write("banner", formats.banner(version) + "\n=== Model Options ===\n")
         self.write("layers.json", formats.layers(["camera/stem/Conv", "head/Conv"], version))
         self.write("profile.json", formats.profile({'camera/"stem"/Conv': 0.5, "head/Conv": 0.25}))
@@ -257,9 +268,10 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
-    def use(self, device: DeviceDouble) -> None:
-        """Let every session from now on be on this double."""
+    def use(self, device: DeviceDouble, **environment: str) -> None:
+        """Let every session from now on be on this double, with these variables."""
         text = SESSION.replace("@HERE@", shlex.quote(str(device.folder)))
+        text = text.replace("@MORE@", " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
         self.session.write_text(text.replace("@HOME@", shlex.quote(str(device.home))))
         self.session.chmod(0o755)
 
@@ -316,6 +328,11 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def connect(server: Server, config: Path | None = None, *, reconnect_s: float = 30.0) -> SshDevice:
+    """A connection to the double that the server's sessions are on."""
+    return SshDevice("double", config=config or server.config, poll_s=1.0, reconnect_s=reconnect_s)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def test_heat_and_throttling() -> None:
 
 def test_samples_of_three_boards() -> None:
     idle = parse_samples(XAVIER + "\n")
-    assert (idle.n, idle.gpu_mhz, idle.hottest_c, idle.board_mw) == (1, None, 50.0, 2763.0)
+    assert (idle.n, idle.gpu_mhz, idle.hottest_c, idle.board_mw) == (1, None, 50.0, None)
     nano = parse_samples(NANO + "\n" + NANO.replace("612", "306") + "\n" + "half a li")
     assert (nano.n, nano.gpu_mhz, nano.hottest_c, nano.board_mw) == (2, (306.0, 612.0), 58.75, 12251.0)
     assert nano.clock_dropped
@@ -113,6 +113,10 @@ def test_samples_of_three_boards() -> None:
     desktop = parse_samples("210, 50, 71, 0\n1560, 61, 70.25, 99\n1545, 62, 71.75, 98\n")  # the engine is loaded first
     assert (desktop.n, desktop.gpu_mhz, desktop.board_mw) == (3, (1545.0, 1560.0), 71_000.0)
     assert not desktop.clock_dropped
+    load, warm, timed = "210, 50, 30, 0\n", "1560, 61, 60, 99\n", "1560, 61, 90.5, 99\n"
+    told = parse_samples(load * 3 + warm * 4 + timed * 2 + load, warmup_s=2.0)
+    assert (told.n, told.board_mw) == (10, 90_500.0)  # neither the load nor two seconds of warm-up
+    assert parse_samples(load * 3 + warm * 4, warmup_s=2.0).board_mw is None
     assert parse_samples("") == parse_samples("tegrastats: not found")
 
 

@@ -4,13 +4,14 @@ formats: phases, dropped connections, refusals, and a power state that is always
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +26,13 @@ from fusepress.targets.remote import measure_remote, probe_device
 from fusepress.targets.remote_result import EngineOrder, RemoteResult, RemoteSettings
 from fusepress.targets.ssh import SshDevice, check_host
 from tests import trtexec_formats as formats
-from tests.device_double import SSHD, DeviceDouble, Server, served
+from tests.device_double import BOARD_MW, SSHD, DeviceDouble, Server, connect
 
 ORIN = load_profile("jetson-agx-orin-64gb")
 QUICK = RemoteSettings(seconds=1.0, rounds=1)
 PHASES = ("build", "time", "profile", "outputs")
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs OpenSSH's server: apt-get install openssh-server")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    with served(folder, DeviceDouble(folder / "nobody")) as found:
-        yield found
-
-
-@pytest.fixture
-def double(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceDouble]:
-    monkeypatch.setattr(remote, "LOCAL_LOCKS", tmp_path / "locks")
-    found = DeviceDouble(tmp_path / "a device")
-    server.use(found)
-    yield found
-    found.end_jobs()
 
 
 @pytest.fixture
@@ -76,10 +61,6 @@ def references(tmp_path: Path) -> Path:
     return folder
 
 
-def connect(server: Server, *, reconnect_s: float = 30.0) -> SshDevice:
-    return SshDevice("double", config=server.config, poll_s=1.0, reconnect_s=reconnect_s)
-
-
 def harmed(tmp_path: Path) -> list[Path]:
     return [*tmp_path.rglob("harm")] + [p for p in (Path("harm"), Path.home() / "harm") if p.exists()]
 
@@ -104,7 +85,7 @@ def test_a_model_is_built_timed_profiled_and_compared_in_the_formats_of_each_ver
     assert engine.latency.n == 400
     assert engine.latency.mean_ms == pytest.approx(2.0, abs=0.01)
     assert not engine.unstable
-    assert engine.energy_mj == pytest.approx(20_000 * 2e-3, rel=0.01)  # 20 W for 2 ms
+    assert engine.energy_mj == pytest.approx(BOARD_MW * 2e-3, rel=0.01)  # for 2 ms
     assert [(d.output, d.relative) for d in found.differences] == [("score", 0.25)]  # 1 of a scale of 4
     assert [layer.name for layer in parse_inspection(engine.layers).layers] == ["camera/stem/Conv", "head/Conv"]
     assert parse_profile(engine.profile) == {'camera/"stem"/Conv': 0.5, "head/Conv": 0.25}
@@ -209,6 +190,35 @@ def test_a_device_that_is_gone_for_good_ends_its_job_alone_and_the_same_command_
         found = measure_remote(device, [order], profile=ORIN, settings=QUICK)
     assert found.engines[order.name].reused
     assert double.calls("--onnx=") == 1
+    assert clean(double)
+
+
+def test_rounds_of_different_hours_are_timed_anew_for_they_did_not_meet_the_same_state(
+    server: Server, double: DeviceDouble, order: EngineOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RemoteSettings(seconds=2.0, rounds=2)
+
+    def dies(_fraction: float, word: str) -> None:
+        if "round 2 of 2" in word:
+            raise DeviceError("gone") from ssh.ConnectionLost()
+
+    for hours, timed in ((0, 1), (2, 3)):
+        with connect(server) as device:
+            with pytest.raises(DeviceError, match="gone"):
+                measure_remote(device, [order], profile=ORIN, settings=settings, say=dies)
+            for state in ("before", "after"):
+                (path,) = double.store.glob(f"runs/*/time-0-0-0/{state}")
+                head, mark, clock = path.read_text().rpartition("== time\n")
+                path.write_text(f"{head}{mark}{int(clock) - 3600 * hours}\n")
+            found = measure_remote(device, [order], profile=ORIN, settings=settings)
+        assert found.engines[order.name].latency.n == 800
+        assert double.calls("time-0-0-0.times") == timed  # again only where hours lie between
+    assert double.calls("time-0-0-1.times") == 3
+    monkeypatch.setattr(remote, "APART_S", -1)
+    with connect(server) as device:
+        message = r"expected rounds that follow one another on double; got a pause of \d+ s between two of them, twice"
+        with pytest.raises(MeasureError, match=message):
+            measure_remote(device, [order], profile=ORIN, settings=settings)
     assert clean(double)
 
 
@@ -512,6 +522,84 @@ def test_another_host_key_or_none_or_no_login_ends_with_what_to_do(
     with pytest.raises(DeviceError, match=r"expected to reach double; got no connection \(.*refused\); is it on"):
         SshDevice("double", config=tmp_path / "other").__enter__()
     assert not double.store.exists()
+
+
+def test_a_configuration_made_for_terminals_breaks_nothing(
+    tmp_path: Path, server: Server, double: DeviceDouble, order: EngineOrder
+) -> None:
+    """Another command, forwardings of a port that is taken, a shared connection that stays, no input, no words."""
+    hostile = f"""
+      IgnoreUnknown SessionType,ForkAfterAuthentication,StdinNull,NoSuchOption
+      NoSuchOption yes
+      RemoteCommand echo another command
+      RequestTTY force
+      LocalForward 127.0.0.1:{server.port} 127.0.0.1:1
+      RemoteForward 127.0.0.1:{server.port} 127.0.0.1:1
+      DynamicForward 127.0.0.1:{server.port}
+      ExitOnForwardFailure yes
+      ControlMaster auto
+      ControlPath {tmp_path}/shared
+      ControlPersist yes
+      PermitLocalCommand yes
+      LocalCommand touch {tmp_path}/harm
+      SessionType none
+      ForkAfterAuthentication yes
+      StdinNull yes
+      Tunnel yes
+      ForwardX11 yes
+      VisualHostKey yes
+      LogLevel QUIET
+    """
+    config = tmp_path / "config"
+    config.write_text(server.config.read_text() + hostile)
+    with connect(server, config) as device:
+        private = device._private
+        assert device.upload(order.onnx, "models/x", sha256_file(order.onnx))
+        assert device.read("models/x")[0].encode(errors="replace")
+        assert probe_device(device).model == "NVIDIA Jetson AGX Orin Developer Kit"
+        assert server.drop() > 0
+        assert probe_device(device).trtexec is not None
+    assert (double.store / "models" / "x").read_bytes() == order.onnx.read_bytes()
+    assert not harmed(tmp_path)
+    assert not (tmp_path / "shared").exists()
+    assert not _processes_naming(str(private))  # no connection stays behind
+    config.write_text(config.read_text().replace(f"Port {server.port}", "Port 1"))
+    with pytest.raises(DeviceError, match=r"got no connection \(.*refused\)"):  # told although QUIET
+        connect(server, config).__enter__()
+
+
+def _processes_naming(word: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [line] if word in line else []
+    return found
+
+
+@pytest.mark.parametrize("named", ["bin/my trtexec", "my-trtexec", "../bin/trtexec"])
+def test_a_trtexec_that_is_named_relatively_is_found_from_everywhere(
+    named: str, server: Server, double: DeviceDouble
+) -> None:
+    program = double.folder / "bin" / "trtexec"
+    (double.home / "bin").mkdir()
+    for path in (double.home / "bin" / "my trtexec", double.folder / "bin" / "my-trtexec"):
+        path.write_bytes(program.read_bytes())
+        path.chmod(0o755)
+    server.use(double, TRTEXEC=named)
+    with connect(server) as device:
+        facts = probe_device(device)
+        assert facts.trtexec is not None
+        assert device.run_job("runs/a/job", [facts.trtexec, "--help"], work="runs/a/out", limit_s=60) == 0
+    assert facts.tensorrt is not None
+    assert facts.trtexec.startswith("/")
+    assert facts.trtexec.endswith(named.rpartition("/")[2])
+
+
+def test_a_trtexec_that_is_named_and_not_there_is_not_replaced_by_another(server: Server, double: DeviceDouble) -> None:
+    server.use(double, TRTEXEC="/opt/other/trtexec")
+    with connect(server) as device:
+        assert probe_device(device).trtexec is None
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,9 @@ def test_the_arguments_ask_for_the_same_on_each_version() -> None:
     assert "--includeDataTransfers" in trtexec_bench("m.plan", "11.1", copies=True)
     assert "--noDataTransfers" not in trtexec_bench("m.plan", "10.3", copies=True)
     assert "--duration=3" in trtexec_bench("m.plan", "8.5", seconds=3)
+    assert "--streams=2" in trtexec_bench("m.plan", "8.5.2", streams=2)
+    assert "--infStreams=2" in trtexec_bench("m.plan", "8.6", streams=2)
+    assert not any("treams" in argument for argument in (*old, *new))
     assert "--fp16" in trtexec_build("m.onnx", "m.plan", "8.5", "int8", sparse=False)
     assert "--stronglyTyped" in trtexec_build("m.onnx", "m.plan", "10.3", "int8", sparse=False)
 
