@@ -6,7 +6,9 @@ Python around it costs once. Both are fitted beside the constants and are no par
 priors, since published rows are few: what rows do not tell stays where physics put it.
 
 Intervals are conformal (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; over left-out groups
-as in Barber et al., arXiv 1905.02928): a quantile of the errors on groups that were held out of the fit.
+as in Barber et al., arXiv 1905.02928): a quantile of the errors on groups that were held out of the fit. They hold what
+they promise only for errors of one kind, so that a network on a device that is in the fit and one on a device that is
+not have widths of their own, each from hold-outs of that kind (Mondrian conformal prediction).
 """
 
 from __future__ import annotations
@@ -227,8 +229,66 @@ def conformal_factor(log_errors: Iterable[float], coverage: float = COVERAGE) ->
     return math.exp(sizes[rank - 1]) if 0 < rank <= len(sizes) else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Half the width of the interval in log scale.
+
+    Attributes:
+        known: for a family that was not seen on a device that was.
+        other: for a family that was not seen on any other device.
+        calibrated: the devices that `known` is for; none where held-out rows were too few for it.
+    """
+
+    known: float
+    other: float
+    calibrated: frozenset[str]
+
+    def of(self, device: str) -> float:
+        """That of a device."""
+        return self.known if device in self.calibrated else self.other
+
+
+def devices_of_several_families(rows: Iterable[FitRow]) -> frozenset[str]:
+    """Devices that stay in the fit when any one family is held out."""
+    families: dict[str, set[str]] = {}
+    for row in rows:
+        families.setdefault(row.profile.name, set()).add(row.family)
+    return frozenset(name for name, found in families.items() if len(found) > 1)
+
+
+def interval_widths(
+    by_family: Sequence[tuple[FitRow, float]],
+    by_device: Sequence[tuple[FitRow, float]],
+    several: frozenset[str],
+    coverage: float = COVERAGE,
+) -> Widths | None:
+    """Widths from rows with the log errors of fits without their families, and without their devices.
+
+    A family that is held out takes the only rows of some devices with it. Such an error is none on a known device, so
+    that each kind has a quantile of its own. On a device that
+    was not seen both errors count, which are added in quadrature, as if independent.
+
+    Args:
+        by_family: rows and log errors, their families held out.
+        by_device: the same with their devices held out.
+        several: devices that stayed in the fit when a family was held out.
+        coverage: of the interval.
+
+    Returns:
+        None where rows are too few for an interval on a device that was not seen.
+    """
+    known = conformal_factor((error for row, error in by_family if row.profile.name in several), coverage)
+    device = conformal_factor((error for _, error in by_device), coverage)
+    if device is None:
+        return None
+    if known is None:
+        return Widths(known=math.log(device), other=math.log(device), calibrated=frozenset())
+    other = math.hypot(math.log(known), math.log(device))
+    return Widths(known=math.log(known), other=other, calibrated=several)
+
+
 def describe_set(
-    rows: Sequence[FitRow], fitted: Fitted, known: float, sibling: float, base: ConstantSet | None = None
+    rows: Sequence[FitRow], fitted: Fitted, widths: Widths, base: ConstantSet | None = None
 ) -> dict[str, Any]:
     """A set as it is stored: constants, the range of the rows behind them, and intervals."""
     devices = {name: set(modes) for name, modes in (base.devices if base else {}).items()}
@@ -254,8 +314,9 @@ def describe_set(
         "precisions": {key: sorted(value) for key, value in sorted(precisions.items())},
         "ops": sorted(ops),
         "shares": dict(sorted(shares.items())),
-        "known": round(known, 3),
-        "sibling": round(sibling, 3),
+        "calibrated": sorted(widths.calibrated),
+        "known": round(math.exp(widths.known), 3),
+        "sibling": round(math.exp(widths.other), 3),
     }
 
 
@@ -313,8 +374,21 @@ def read_measurements(path: Path) -> Measurements:
             f"expected measured latencies (schema {MEASUREMENTS_SCHEMA}); got {first['msg']} at {path}: {where}; "
             "see docs/latency.md for the format"
         ) from error
-    except yaml.YAMLError as error:
-        raise TargetError(f"expected YAML; got a file that does not parse at {path}; correct it") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise TargetError(
+            f"expected YAML in UTF-8; got a file that does not parse at {path} ({first}); correct it"
+        ) from error
+
+
+def measured_target(measurements: Measurements, folder: Path) -> Profile:
+    """The target that was measured; a YAML file is found from the measurements' folder, as their ONNX files are.
+
+    Raises:
+        TargetError: there is none, or it does not fit the schema.
+    """
+    own = Path(measurements.target).suffix in {".yaml", ".yml"}
+    return load_profile(measurements.target, base=folder if own else None)
 
 
 def measured_rows(measurements: Measurements, folder: Path, profile: Profile) -> list[FitRow]:
@@ -401,8 +475,10 @@ def refine(rows: Sequence[FitRow], profile: Profile) -> PersonalFit:
     fitted = fit_rows(rows, base)
     every = [error for errors in held.values() for error in errors] or [shipped.log_error(row) for row in rows]
     factor = conformal_factor(every)
-    fallback = max(base.known if profile.name in base.devices else base.sibling, math.exp(max(map(abs, every))))
-    latency = describe_set(rows, fitted, factor or fallback, max(base.sibling, factor or fallback), base)
+    fallback = max(base.factor(profile.name), math.exp(max(map(abs, every))))
+    known = math.log(factor or fallback)
+    widths = Widths(known=known, other=max(math.log(base.sibling), known), calibrated=base.calibrated | {profile.name})
+    latency = describe_set(rows, fitted, widths, base)
     return PersonalFit(latency=latency, log_errors=held, before=before, calibrated=factor is not None)
 
 

@@ -236,7 +236,7 @@ def _interval(
     latency_ms: float, times: Times, profile: Profile, fitted: ConstantSet, *, extrapolating: bool
 ) -> tuple[float, float]:
     """A factor from held-out errors, and never narrower than launches at half or twice their fitted cost."""
-    width = math.log(fitted.known if profile.name in fitted.devices else fitted.sibling)
+    width = math.log(fitted.factor(profile.name))
     if profile.compute_capability is not None and profile.compute_capability not in fitted.gmacs:
         width *= UNSEEN_DEVICE_WIDTH
     if extrapolating and profile.compute_capability is not None:

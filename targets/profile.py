@@ -115,7 +115,7 @@ class Trap(Section):
 class LatencyFit(Section):
     """Constants of the latency prediction in place of the committed ones; `fusepress targets fit` writes them.
 
-    See `roofline.ConstantSet` for what they are.
+    See `roofline.ConstantSet` for what they are. Files of older versions do not name the `calibrated` devices: all are.
     """
 
     constants: dict[str, float]
@@ -125,6 +125,7 @@ class LatencyFit(Section):
     precisions: dict[str, tuple[Precision, ...]]
     ops: tuple[str, ...]
     shares: dict[str, float]
+    calibrated: tuple[str, ...] | None = None
     known: float = Field(ge=1)
     sibling: float = Field(ge=1)
     rows: int = Field(gt=0)

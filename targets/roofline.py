@@ -31,8 +31,9 @@ class ConstantSet:
         precisions: what the rows of a compute capability were built in.
         ops: operators that start a kernel in the fitted networks.
         shares: largest share of the time that a fitted network spends in a kind of kernel.
-        known: 90 % of held-out truths lie within this factor of a prediction, either way, for devices in the fit.
-        sibling: the same for other devices of their architectures.
+        calibrated: devices with rows of several families, so that one was held out while the device stayed in the fit.
+        known: 90 % of held-out truths lie within this factor of a prediction, either way, for these devices.
+        sibling: the same for all others.
     """
 
     constants: Constants
@@ -42,8 +43,13 @@ class ConstantSet:
     precisions: Mapping[str, frozenset[str]]
     ops: frozenset[str]
     shares: Mapping[str, float]
+    calibrated: frozenset[str]
     known: float
     sibling: float
+
+    def factor(self, device: str) -> float:
+        """Half the interval of a device, as a factor."""
+        return self.known if device in self.calibrated else self.sibling
 
 
 def set_of(raw: Mapping[str, Any]) -> ConstantSet:
@@ -56,6 +62,7 @@ def set_of(raw: Mapping[str, Any]) -> ConstantSet:
         precisions={key: frozenset(value) for key, value in raw["precisions"].items()},
         ops=frozenset(raw["ops"]),
         shares=raw["shares"],
+        calibrated=frozenset(raw["devices"] if raw.get("calibrated") is None else raw["calibrated"]),
         known=raw["known"],
         sibling=raw["sibling"],
     )
@@ -82,6 +89,7 @@ HOST = ConstantSet(
     precisions={},
     ops=frozenset(),
     shares={},
+    calibrated=frozenset(),
     known=4.0,
     sibling=4.0,
 )

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -21,7 +22,9 @@ from fusepress.targets.fit import (
     FitRow,
     Fitted,
     conformal_factor,
+    devices_of_several_families,
     fit_rows,
+    interval_widths,
     leave_out,
     measured_rows,
     overlay_text,
@@ -40,8 +43,6 @@ ORIN = load_profile("jetson-agx-orin-64gb")
 
 def convolutions(width: int, size: int, depth: int) -> bytes:
     """A chain of 3 x 3 convolutions with ReLU."""
-    import numpy as np
-
     weights = [numpy_helper.from_array(np.ones((width, width, 3, 3), np.float32), f"w{i}") for i in range(depth)]
     nodes = []
     for i in range(depth):
@@ -146,6 +147,69 @@ def test_times_of_trtexec_count_with_their_median(measured: Path) -> None:
     rows = measured_rows(read_measurements(measured), measured.parent, ORIN)
     assert rows[0].ms == pytest.approx(2 * rows[0].gpu_ms(constants_of(ORIN).constants))
     assert [row.mode for row in rows] == ["MAXN"] * 3
+
+
+@pytest.fixture(scope="module")
+def row(truth: Constants) -> FitRow:
+    return rows_of(truth, {"graph": 0.05})[0]
+
+
+def errors_on(row: FitRow, **errors: dict[str, list[float]]) -> list[tuple[FitRow, float]]:
+    """Rows with errors, by device and family."""
+    return [
+        (replace(row, profile=ORIN.model_copy(update={"name": device}), family=family), error)
+        for device, by_family in errors.items()
+        for family, values in by_family.items()
+        for error in values
+    ]
+
+
+def test_each_kind_of_hold_out_has_a_quantile_of_its_own(row: FitRow) -> None:
+    near, far = [0.1] * 9, [0.8] * 9
+    by_family = errors_on(row, two={"a": near, "b": near}, one={"c": far})
+    by_device = errors_on(row, two={"a": [-0.3] * 9, "b": [0.3] * 9}, one={"c": far})
+    several = devices_of_several_families(row for row, _ in by_family)
+    assert several == {"two"}  # when family c is held out, the device named one is not in the fit either
+    widths = interval_widths(by_family, by_device, several)
+    assert widths is not None
+    assert widths.of("two") == pytest.approx(0.1)  # the errors on a device that went with its family are none of it
+    assert widths.of("one") == widths.of("unheard") == pytest.approx(math.hypot(0.1, 0.8))
+    few = interval_widths(by_family[:8], by_device, several)  # too few for 90 %
+    assert few is not None
+    assert (few.of("two"), few.of("one")) == (pytest.approx(0.8), pytest.approx(0.8))
+    assert interval_widths(by_family, by_device[:8], several) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_intervals_of_both_kinds_hold_what_they_promise(row: FitRow, seed: int) -> None:
+    """Errors of one device and one family each, alike in kind: of the next ones, 90 % lie inside on average."""
+    random = np.random.default_rng(seed)
+    own, device = random.normal(0, 0.1, 99), random.normal(0, 0.3, 99)
+    rows = errors_on(row, two={f"{k}": [float(e)] for k, e in enumerate(own)})
+    widths = interval_widths(rows, errors_on(row, two={"x": [float(e) for e in device]}), frozenset(["two"]))
+    assert widths is not None
+    inside = np.mean(np.abs(random.normal(0, 0.1, 4000)) <= widths.known)
+    assert 0.75 <= inside <= 1.0  # beta(90, 10), 5 standard deviations away from 0.9
+    both = random.normal(0, 0.1, 4000) + random.normal(0, 0.3, 4000)
+    assert 0.75 <= np.mean(np.abs(both) <= widths.other) <= 1.0
+
+
+def test_a_target_file_is_found_beside_the_measurements(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (measured.parent / "board.yaml").write_text("schema: 1\nname: board\ninherits: jetson-agx-orin-64gb\n")
+    measured.write_text(measured.read_text().replace(ORIN.name, "board.yaml"))
+    monkeypatch.chdir(measured.parent.parent)
+    result = CliRunner().invoke(cli, ["targets", "fit", f"{measured.parent.name}/{measured.name}", "--out", "own.yaml"])
+    assert result.exit_code == 0, result.output
+    assert load_profile(Path("own.yaml")).name == "board"
+    measured.write_text(measured.read_text().replace("board.yaml", "nowhere.yaml"))
+    assert run(["targets", "fit", str(measured)]) == 2
+
+
+def test_measurements_in_another_encoding_are_refused(measured: Path) -> None:
+    measured.write_bytes("schema: 1  # Böden\n".encode("latin-1"))
+    with pytest.raises(TargetError, match=r"expected YAML in UTF-8; got a file .*measured.yaml \(.*codec can't decode"):
+        read_measurements(measured)
 
 
 def test_measurements_of_ones_own_win_beside_the_recipe(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
