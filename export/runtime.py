@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class OnnxSession:
         ExportError: the file is missing, or ONNX Runtime refuses it.
     """
 
+    PROVIDER: ClassVar[str] = "CPUExecutionProvider"
+
     def __init__(
         self, path: Path, threads: int | None = None, *, integer_kernels: bool = False, profile: Path | None = None
     ) -> None:
@@ -66,11 +68,12 @@ class OnnxSession:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=WRONG_REWRITES
+                str(path), options, providers=[self.PROVIDER], disabled_optimizers=WRONG_REWRITES
             )
         except Exception as error:  # its binding raises a dozen kinds that share no public base
+            kind = self.PROVIDER.removesuffix("ExecutionProvider")
             raise ExportError(
-                f"expected a model that ONNX Runtime's CPU provider can run; got {_short(error)} at {path}; "
+                f"expected a model that ONNX Runtime's {kind} provider can run; got {_short(error)} at {path}; "
                 "take another precision for this operator, or report it with the model"
             ) from error
         self.path = Path(path)

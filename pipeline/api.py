@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from fusepress.pipeline.bundling.reproduce import Reproduced
     from fusepress.pipeline.bundling.verify import Verified
     from fusepress.pipeline.comparing import Comparison
-    from fusepress.pipeline.measuring import Arrivals
+    from fusepress.pipeline.measuring import Arrivals, HostSettings
     from fusepress.pipeline.on_device import DeviceSettings
     from fusepress.pipeline.stages.base import Context
     from fusepress.pipeline.task import LoadedTask, Split
@@ -808,6 +808,7 @@ def measure(
     target: str | None = None,
     precision: str | None = None,
     parts: Schedule | None = None,
+    host: HostSettings | None = None,
     reporter: Reporter | None = None,
 ) -> Measured:
     """Measure an ONNX file, or the released ONNX of a run, on this host with ONNX Runtime or on a device.
@@ -817,11 +818,12 @@ def measure(
         budgets: limits such as `p99_ms=5` or `mean_ms=3`.
         seconds: longest time spent measuring.
         arrivals: measure under work that arrives at a constant rate too; on this host.
-        device: a device to build and measure on, over SSH.
+        device: a device to build and measure on with TensorRT, over SSH or this machine.
         target: what the device is, a profile's name or file; a run knows its own.
         precision: of an ONNX file for TensorRT before 10, which chooses among the allowed ones.
         parts: of a run: measure each branch and the rest as engines of their own too, and put the whole pipeline
             together from them, with branches one after the other (serial) or at the same time (parallel).
+        host: ONNX Runtime's provider on this host, and how many inferences at once.
         reporter: where progress goes; default: nowhere.
 
     Raises:
@@ -835,9 +837,17 @@ def measure(
     limits = parse_budgets(budgets)
     path = Path(what)
     if device is not None and arrivals is not None:
-        raise UsageError("expected arrivals at a constant rate on this host; got --host too; leave one of them out")
+        raise UsageError(
+            "expected arrivals at a constant rate on this host with ONNX Runtime; got a device too (--host or "
+            "--runtime tensorrt); leave one of them out"
+        )
+    if parts is not None and host is not None and host.runtime == "cuda":
+        raise UsageError(
+            "expected parts on a CPU or with TensorRT; got ONNX Runtime's CUDA provider; take --runtime tensorrt, or "
+            "leave --parts out"
+        )
     if path.is_dir():
-        return _measure_run(path, limits, seconds, arrivals, device, target, parts, reporter)
+        return _measure_run(path, limits, seconds, arrivals, device, target, parts, host, reporter)
     if parts is not None:
         raise UsageError(f"expected a run folder with parts; got {path}; an ONNX file does not say its branches")
     if path.suffix != ".onnx" or not path.is_file():
@@ -848,7 +858,7 @@ def measure(
         profile = load_profile(target) if target is not None else None
         measurements, environment = measure_onnx_there(path, device, profile, precision or "fp16", reporter)
     else:
-        measurements, environment = measure_onnx(path, HOST, None, None, seconds, arrivals)
+        measurements, environment = measure_onnx(path, HOST, None, None, seconds, arrivals, host)
     return Measured(measurements=measurements, verdicts=budget_verdicts(measurements, limits), environment=environment)
 
 
@@ -883,6 +893,7 @@ def _measure_run(
     device: DeviceSettings | None,
     target: str | None,
     parts: Schedule | None,
+    host: HostSettings | None,
     reporter: Reporter | None,
 ) -> Measured:
     from fusepress.pipeline.measuring import budget_verdicts, measure_onnx, measure_parts
@@ -901,7 +912,7 @@ def _measure_run(
         )
     else:
         mode = record.target_profile.get("power_mode") if record.target == HOST else None
-        measurements, environment = measure_onnx(path, HOST, mode, precision, seconds, arrivals)
+        measurements, environment = measure_onnx(path, HOST, mode, precision, seconds, arrivals, host)
         if parts is not None:
             measurements += measure_parts(path, record.task["branches"], HOST, mode, precision, seconds)
     if parts is not None:

@@ -334,6 +334,14 @@ def explain(
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time spent measuring.")
 @click.option("--arrivals", "arrivals_hz", type=float, metavar="HZ", help="Also with work that arrives at this rate.")
 @click.option("--deadline", "deadline_ms", type=float, metavar="MS", help="Of an arrival; counts those that miss it.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="On this machine: ONNX Runtime on its CPU or GPU, or TensorRT's trtexec as on a device.",
+)
+@click.option("--streams", default=1, metavar="N", help="Also N inferences at once, for the throughput.")
 @click.option("--host", help="Build and measure on this device, over SSH (a name that ssh knows).")
 @click.option("--ssh-config", type=click.Path(path_type=Path), help="In place of your own ssh configuration.")
 @click.option("--target", help="What the device is [the run's target].")
@@ -357,6 +365,8 @@ def measure(
     seconds: float,
     arrivals_hz: float | None,
     deadline_ms: float | None,
+    runtime: str,
+    streams: int,
     host: str | None,
     ssh_config: Path | None,
     target: str | None,
@@ -371,7 +381,7 @@ def measure(
     out: Path,
     as_json: bool,
 ) -> int:
-    """Measure latency on this host (ONNX Runtime) or with --host on a device (TensorRT).
+    """Measure latency on this host (--runtime) or with --host on a device (TensorRT).
 
     A RUN gets the figures added and is judged again. A device is left in the power state that it was in.
     With --self-test: find out what this machine's TensorRT builds, picks and how fast it runs, as a file to send back.
@@ -383,16 +393,22 @@ def measure(
     from fusepress.pipeline import api
     from fusepress.pipeline.console import Reporter
     from fusepress.pipeline.gates import exit_code, overall
+    from fusepress.pipeline.measuring import HostSettings, check_streams
 
-    device = None
-    if host is not None:
+    if host is not None and runtime != "cpu":
+        raise UsageError(f"expected --host or --runtime; got --host {host} and --runtime {runtime}; leave one out")
+    device = here = None
+    if host is not None or runtime == "tensorrt":
         from fusepress.pipeline.on_device import DeviceSettings
         from fusepress.targets.remote_result import RemoteSettings
 
         remote = RemoteSettings(
-            seconds=seconds, lock_clocks=lock_clocks, set_mode=set_mode, build_limit_s=build_limit_s, wait_s=wait_s
-        )
+            seconds=seconds, lock_clocks=lock_clocks, set_mode=set_mode, build_limit_s=build_limit_s, wait_s=wait_s,
+            streams=check_streams(streams),
+        )  # fmt: skip
         device = DeviceSettings(host=host, ssh_config=ssh_config, allow_unstable=allow_unstable, remote=remote)
+    else:
+        here = HostSettings(runtime="cuda" if runtime == "cuda" else "cpu", streams=streams)
     arrivals = None
     if arrivals_hz is not None:
         from fusepress.pipeline.measuring import Arrivals
@@ -407,6 +423,7 @@ def measure(
         target=target,
         precision=precision,
         parts=parts,
+        host=here,
         reporter=Reporter(quiet=as_json),
     )
     if as_json:
@@ -524,11 +541,10 @@ def targets_fit(measurements: Path, out: Path | None, as_json: bool) -> int:
     """Refine the prediction for a device with latencies that you measured, as a profile that wins beside a recipe."""
     from fusepress.pipeline.store import atomic_write_text
     from fusepress.pipeline.text import fit_json, fit_lines
-    from fusepress.targets.fit import measured_rows, overlay_text, read_measurements, refine
-    from fusepress.targets.profile import load_profile
+    from fusepress.targets.fit import measured_rows, measured_target, overlay_text, read_measurements, refine
 
     given = read_measurements(measurements)
-    profile = load_profile(given.target)
+    profile = measured_target(given, measurements.parent)
     path = out or measurements.parent / f"{profile.name}.yaml"
     if path.exists():
         raise UsageError(f"expected a new file; got {path}, which exists; name another with --out or remove it")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.evidence import UNSTABLE, GateVerdict, Measurement, Verdict
 from fusepress.pipeline.store import sha256_file
+from fusepress.targets.host import gpu_name
 
 STATISTICS = ("mean_ms", "p50_ms", "p90_ms", "p99_ms", "p999_ms")
 MISS_RATE = "miss_rate"
+THROUGHPUT = "throughput_hz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,38 @@ class Arrivals:
 
     rate_hz: float
     deadline_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSettings:
+    """What an ONNX file is run on here.
+
+    Attributes:
+        runtime: provider of ONNX Runtime.
+        streams: inferences at the same time, for the throughput; 1 to leave it out.
+    """
+
+    runtime: Literal["cpu", "cuda"] = "cpu"
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse streams that are none.
+
+        Raises:
+            UsageError: fewer than one.
+        """
+        check_streams(self.streams)
+
+
+def check_streams(streams: int) -> int:
+    """The number as it is, if it is one of streams.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if streams < 1:
+        raise UsageError(f"expected at least one stream; got {streams}; raise --streams, or leave it out")
+    return streams
 
 
 def parse_budgets(budgets: Sequence[str]) -> dict[str, float]:
@@ -53,33 +87,80 @@ def measure_onnx(
     precision: str | None,
     seconds: float,
     arrivals: Arrivals | None = None,
+    host: HostSettings | None = None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """Latency of an ONNX file on ONNX Runtime CPU with made-up inputs of its own shapes, batch as in the file."""
-    from fusepress.export.passes import made_up_batch
-    from fusepress.export.runtime import OnnxSession
-    from fusepress.pipeline.stages.common import latency_result
-    from fusepress.targets.measure import measure_arrivals, measure_latency
+    """Latency of an ONNX file on ONNX Runtime with made-up inputs of its own shapes, batch as in the file.
 
-    session = OnnxSession(path)
-    run = session.timed_callable(made_up_batch(session).inputs)
+    On the CUDA provider, without copies, `device` is replaced by what the GPU is called: such a figure is no target's,
+    whose engines are TensorRT's.
+    """
+    from fusepress.pipeline.stages.common import latency_result
+    from fusepress.targets.measure import measure_latency
+
+    host = host or HostSettings()
+    run = _worker(path, host, None)
     common: dict[str, Any] = {
-        "device": device, "power_mode": power_mode, "precision": precision, "artifact_sha256": sha256_file(path),
-    }  # fmt: skip
+        "device": device if host.runtime == "cpu" else gpu_name() or "a GPU of this machine",
+        "power_mode": power_mode if host.runtime == "cpu" else None,
+        "precision": precision,
+        "artifact_sha256": sha256_file(path),
+        "runtime": f"onnxruntime-{host.runtime}",
+    }
     result = measure_latency(run, max_seconds=seconds)
     rows = latency_result(result, tails=True, **common)
     if arrivals is not None:
-        found = measure_arrivals(run, arrivals.rate_hz, deadline_ms=arrivals.deadline_ms, max_seconds=seconds)
-        rows += latency_result(found.latency, prefix="latency.arrivals", tails=True, **common)
-        if found.missed is not None:
-            value, low, high = found.missed
-            note = None if found.kept_up else f"the queue grows: work comes faster than it ends at {found.rate_hz:g} Hz"
-            rows.append(
-                Measurement(
-                    name=f"latency.{MISS_RATE}", value=value, low=low, high=high, n=found.latency.n, unit="1",
-                    kind="measured", runtime="onnxruntime-cpu", batch=1, note=note, **common,
-                )
-            )  # fmt: skip
+        rows += _arrival_rows(run, arrivals, seconds, common)
+    if host.streams > 1:
+        rows += _throughput_rows(path, host, seconds, common)
     return rows, dict(result.environment)
+
+
+def _worker(path: Path, host: HostSettings, threads: int | None) -> Callable[[], object]:
+    """One inference as a callable, with a session of its own."""
+    from fusepress.export.passes import made_up_batch
+    from fusepress.export.runtime import OnnxSession
+    from fusepress.export.runtime_cuda import CudaSession
+
+    session = OnnxSession(path, threads) if host.runtime == "cpu" else CudaSession(path)
+    return session.timed_callable(made_up_batch(session).inputs)
+
+
+def _arrival_rows(
+    run: Callable[[], object], arrivals: Arrivals, seconds: float, common: dict[str, Any]
+) -> list[Measurement]:
+    from fusepress.pipeline.stages.common import latency_result
+    from fusepress.targets.measure import measure_arrivals
+
+    found = measure_arrivals(run, arrivals.rate_hz, deadline_ms=arrivals.deadline_ms, max_seconds=seconds)
+    rows = latency_result(found.latency, prefix="latency.arrivals", tails=True, **common)
+    if found.missed is not None:
+        value, low, high = found.missed
+        note = None if found.kept_up else f"the queue grows: work comes faster than it ends at {found.rate_hz:g} Hz"
+        rows.append(
+            Measurement(
+                name=f"latency.{MISS_RATE}", value=value, low=low, high=high, n=found.latency.n, unit="1",
+                kind="measured", batch=1, note=note, **common,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _throughput_rows(path: Path, host: HostSettings, seconds: float, common: dict[str, Any]) -> list[Measurement]:
+    """Of as many sessions as streams, which share the cores."""
+    from fusepress.pipeline.stages.common import latency_result
+    from fusepress.targets.measure import measure_throughput, usable_cores
+
+    threads = max(1, usable_cores() // host.streams)
+    found = measure_throughput([_worker(path, host, threads) for _ in range(host.streams)], max_seconds=seconds)
+    value, low, high = found.per_second
+    note = f"{host.streams} sessions at once" + (f" of {threads} threads each" if host.runtime == "cpu" else "")
+    if not found.latency.stable:
+        note = f"{UNSTABLE}{found.latency.why_unstable}; {note}"
+    whole = Measurement(
+        name=THROUGHPUT, value=value, low=low, high=high, n=found.latency.n, unit="1/s", kind="measured", batch=1,
+        note=note, **common,
+    )  # fmt: skip
+    return [whole, *latency_result(found.latency, prefix="latency.streams", **common)]
 
 
 def measure_parts(

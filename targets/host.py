@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ CPUINFO = Path("/proc/cpuinfo")
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FALLBACK_MHZ = 2500.0
+NVIDIA_SMI_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,22 @@ def with_host(profile: Profile, peak: HostPeak) -> Profile:
         for rate, figure in profile.ops_per_clock_per_sm.items()
     }
     return profile.model_copy(update={"power_modes": {name: mode}, "ops_per_clock_per_sm": rates})
+
+
+def gpu_name() -> str | None:
+    """What nvidia-smi calls the first GPU of this machine, None where it names none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(
+            [program, "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = done.stdout.strip().splitlines()
+    return names[0].strip() if done.returncode == 0 and names else None
 
 
 def host_description() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Latency measured on this machine: warm-up until stationary, runs in turns, arrivals at a constant rate, the state.
+"""Latency measured on this machine: warm-up until stationary, in turns, under arrivals, by several workers at once.
 
 Whatever runs is a callable without arguments; what it runs on (ONNX Runtime, an engine) is the caller's business.
 """
@@ -9,7 +9,8 @@ import gc
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,11 +35,13 @@ __all__ = [
     "InterleavedMeasurement",
     "LatencyMeasurement",
     "Speedup",
+    "ThroughputMeasurement",
     "host_description",
     "host_profile_peak",
     "measure_arrivals",
     "measure_interleaved",
     "measure_latency",
+    "measure_throughput",
     "speedup_of",
     "summarize",
     "usable_cores",
@@ -268,6 +271,79 @@ def measure_arrivals(
         missed=None if late is None else _share(late.astype(np.float64), correlation_time(latencies)),
         kept_up=_kept_up(latencies, 1e3 / rate_hz),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputMeasurement:
+    """Inferences of several workers at once, each beginning its next when one ends.
+
+    Attributes:
+        workers: how many.
+        gaps: milliseconds between successive ends of inferences, of all workers together.
+        latency: of one inference, while the other workers are at work.
+    """
+
+    workers: int
+    gaps: LatencyMeasurement
+    latency: LatencyMeasurement
+
+    @property
+    def per_second(self) -> tuple[float, float, float]:
+        """Inferences a second of all workers together, with the ends of its 95 % interval."""
+        return self.gaps.throughput_hz
+
+
+def measure_throughput(
+    runs: Sequence[Run], *, max_seconds: float = 10.0, clock: Clock = time.perf_counter_ns
+) -> ThroughputMeasurement:
+    """Measure how many inferences a second several workers finish together.
+
+    Each callable has a thread of its own, so that it has to leave Python's lock while it works, as runtimes do.
+
+    Args:
+        runs: one callable a worker; two workers that share a session share its memory.
+        max_seconds: how long, after a warm-up of each callable by itself.
+        clock: monotonic nanoseconds.
+
+    Raises:
+        MeasureError: no callable, a bad limit, a callable that fails, or too few inferences.
+    """
+    names = [f"worker {index}" for index in range(len(runs))]
+    _check_limits(dict(zip(names, runs, strict=True)), FEWEST_RUNS, max_seconds)
+    with _quiet_garbage():
+        warmups = [
+            _warm_up(name, run, max_seconds / 4 / len(runs), clock) for name, run in zip(names, runs, strict=True)
+        ]
+        before = read_state()
+        with ThreadPoolExecutor(len(runs)) as pool:
+            until = clock() + int(max_seconds * 1e9)
+            jobs = [pool.submit(_repeat, name, run, until, clock) for name, run in zip(names, runs, strict=True)]
+            times = np.concatenate([job.result() for job in jobs])
+        after = read_state()
+    times = times[np.argsort(times[:, 1], kind="stable")]
+    if len(times) <= FEWEST_RUNS:
+        raise MeasureError(
+            f"expected more than {FEWEST_RUNS} inferences within {max_seconds:g} s; got {len(times)}; measure longer"
+        )
+    settled = all(done for _, done in warmups)
+    environment = host_description() | state_change(before, after)
+    warmed = sum(count for count, _ in warmups)
+    kept = times[-MAX_RUNS:]  # as many as the bootstrap can carry
+    gaps, latencies = np.diff(kept[:, 1]), kept[:, 1] - kept[:, 0]
+    return ThroughputMeasurement(
+        workers=len(runs),
+        gaps=summarize(gaps, warmup_runs=warmed, settled=settled, environment=environment),
+        latency=summarize(latencies, warmup_runs=warmed, settled=settled, environment=environment),
+    )
+
+
+def _repeat(name: str, run: Run, until: int, clock: Clock) -> Array:
+    """Begin and end of each inference in milliseconds [N, 2], until a moment has passed."""
+    found = []
+    while (begin := clock()) < until:
+        milliseconds = _timed(name, run, clock)
+        found.append((begin * 1e-6, begin * 1e-6 + milliseconds))
+    return np.asarray(found, dtype=np.float64).reshape(-1, 2)
 
 
 def _serve(run: Run, rate_hz: float, count: int, clock: Clock, sleep: Callable[[float], None]) -> Array:

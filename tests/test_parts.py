@@ -18,6 +18,7 @@ from fusepress.pipeline.stages.parts import outside_ms, pipeline_of, pipeline_ro
 from fusepress.pipeline.store import sha256_file
 from fusepress.pipeline.text import measured_lines
 from tests.export_toys import inputs, two_branch
+from tests.recovery_runs import toy_project
 
 BRANCHES = {"camera": ["camera"], "lidar": ["pillar", "pillar2", "lidar"]}
 
@@ -130,3 +131,39 @@ def test_an_onnx_file_does_not_say_its_branches(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(UsageError, match=r"expected a run folder with parts; got .*; an ONNX file does not say"):
         api.measure(path, parts="serial")
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """A dense release of the toy for a Jetson, with a gate on its parts."""
+    recipe = {
+        "task": "sparsify_toy.py:Toy", "checkpoint": "dense.safetensors", "target": "jetson-agx-orin-64gb",
+        "quantize": {"precision": "fp16"}, "verify": {"replicates": 200},
+        "gates": {"latency": {"parts": {"camera": 9.0, "lidar": 9.0, "e2e": 50.0}, "schedule": "parallel"}},
+    }  # fmt: skip
+    project = toy_project(tmp_path_factory.mktemp("parts"), recipe, steps=1)
+    source = project / "sparsify_toy.py"
+    outside = (
+        '    outside = {"lidar.voxelise": {"jetson-agx-orin-64gb": 2.0}, "decode": {"jetson-agx-orin-64gb": 1.0}}\n'
+    )
+    source.write_text(source.read_text().replace('    keep = ["head"]\n', '    keep = ["head"]\n' + outside))
+    return api.compress(project / "recipe.yaml", run=project / "runs" / "toy").record
+
+
+def test_a_release_s_parts_are_predicted_as_files_of_their_own(compressed: RunRecord) -> None:
+    verify = compressed.stage("verify")
+    assert verify is not None
+    rows = {row.name: row for row in verify.measurements if row.name.startswith("latency.")}
+    parts = {name: rows[f"latency.{name}.mean_ms"] for name in ("camera", "lidar", "rest", "e2e")}
+    whole = rows["latency.mean_ms"]
+    for row_of_part in parts.values():
+        assert (row_of_part.kind, row_of_part.device) == ("predicted", "jetson-agx-orin-64gb")
+        assert row_of_part.artifact_sha256 == whole.artifact_sha256  # parts of the released file
+    # branches at the same time, the LiDAR's behind its voxels; then the rest and the decoder
+    lidar = 2.0 + parts["lidar"].value
+    assert lidar > parts["camera"].value
+    assert parts["e2e"].value == pytest.approx(lidar + parts["rest"].value + 1.0)
+    # cut apart, the network has the same kernels and a few reformats more
+    alone = sum(parts[name].value for name in ("camera", "lidar", "rest"))
+    assert 0.95 * whole.value <= alone <= 1.6 * whole.value
+    assert {v.gate for v in verify.verdicts} == {f"latency.{name}.mean_ms" for name in ("camera", "lidar", "e2e")}

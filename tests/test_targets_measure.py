@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from fusepress.targets.measure import (
     host_profile_peak,
     measure_interleaved,
     measure_latency,
+    measure_throughput,
     summarize,
 )
 from fusepress.targets.profile import load_profile
@@ -44,6 +46,39 @@ def correlated(random: np.random.Generator, n: int, rho: float) -> np.ndarray:
     for index in range(1, n):
         values[index] = rho * values[index - 1] + noise[index]
     return 10 + values
+
+
+def test_workers_finish_as_much_as_their_clock_allows() -> None:
+    """Two workers that sleep for 20 ms finish at most 100 a second together, and each run takes at least 20 ms."""
+    found = measure_throughput([lambda: time.sleep(0.02)] * 2, max_seconds=1.0)
+    value, low, high = found.per_second
+    assert found.workers == 2
+    assert 0 < low <= value <= high
+    assert value <= 101  # less where the machine is busy
+    assert found.latency.mean_ms >= 20
+    assert found.latency.n == found.gaps.n + 1
+
+
+def test_throughput_of_one_worker_is_that_of_runs_one_after_the_other() -> None:
+    clock = Turned()
+    run = clock.runner([2.0, 4.0] * 2000)
+    found = measure_throughput([run], max_seconds=3.0, clock=clock)
+    assert found.latency.mean_ms == pytest.approx(3.0, rel=1e-3)
+    assert found.per_second[0] == pytest.approx(1000 / 3, rel=1e-3)
+
+
+def test_throughput_that_cannot_be_measured_is_refused() -> None:
+    clock = Turned()
+    with pytest.raises(MeasureError, match=r"expected at least one callable to measure; got none"):
+        measure_throughput([])
+    with pytest.raises(MeasureError, match=r"expected more than 5 inferences within 1 s; got 2; measure longer"):
+        measure_throughput([clock.runner([600.0] * 50)], max_seconds=1.0, clock=clock)
+
+    def fails() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(MeasureError, match=r"expected 'worker 0' to run; got ValueError: no"):
+        measure_throughput([fails], max_seconds=0.1)
 
 
 def coverage(draw: Callable[[np.random.Generator], np.ndarray], truth: float, name: str, times: int = 120) -> float:
