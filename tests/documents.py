@@ -33,6 +33,7 @@ PROGRAMS = (
     "ls",
     "cat",
     "echo",
+    "export",
     "mkdir",
     "scp",
     "pip",
