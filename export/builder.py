@@ -35,7 +35,7 @@ def build(trt: Any, job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         trt: the library.
-        job: runtime, onnx, out, capabilities, sparse, workspace_mib, shapes, dla_core, gpu_fallback,
+        job: runtime, onnx, out, capabilities, sparse, workspace_mib, shapes, dla_core, dla_memory_bytes, gpu_fallback,
             timing_cache_folder, power_mode; and `progress`, the file for `tell_progress`.
 
     Returns:
@@ -112,10 +112,18 @@ def _use_dla(trt: Any, config: Any, network: Any, job: Mapping[str, Any]) -> lis
     """Put everything on a DLA core that runs there; returns the layers that do not."""
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = job["dla_core"]
+    for name, size in job["dla_memory_bytes"].items():
+        config.set_memory_pool_limit(getattr(trt.MemoryPoolType, name), size)
     if job["gpu_fallback"]:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     return [str(layer.name) for layer in layers if not config.can_run_on_DLA(layer)]
+
+
+def _flags(job: Mapping[str, Any]) -> str:
+    """What of the options timings hold for."""
+    memory = "".join(f" {name}={size}" for name, size in job["dla_memory_bytes"].items())
+    return f"sparse={job['sparse']} dla={job['dla_core']} workspace={job['workspace_mib']}{memory}"
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
@@ -248,7 +256,7 @@ def _timing_cache(trt: Any, config: Any, job: Mapping[str, Any]) -> tuple[Timing
             "device": device["name"] if not job["capabilities"] else "ahead of time: " + " ".join(job["capabilities"]),
             "driver": device["driver"] if not job["capabilities"] else "none",
             "power_mode": str(job["power_mode"]),
-            "flags": f"sparse={job['sparse']} dla={job['dla_core']} workspace={job['workspace_mib']}",
+            "flags": _flags(job),
         },
     )
     data, state = file.read()

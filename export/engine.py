@@ -29,6 +29,7 @@ from fusepress.targets.operators import ADVICE, DEFAULT_ADVICE
 
 TIMEOUT_S = 1200.0
 MIN_PLAN_BYTES = 1024  # a plan of even one layer is larger
+MIN_POOL_BYTES = 4096  # of an accelerator's memory
 BUILDER = "fusepress.export.builder"
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|MemoryError|out of ?memory|Cannot allocate memory|failed to map segment", re.IGNORECASE
@@ -47,6 +48,33 @@ class ShapeRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DlaMemory:
+    """Upper bounds of what each part of a network on a deep-learning accelerator takes; None leaves TensorRT's own.
+
+    Each is a power of two of at least 4 KiB (TensorRT's documentation on DLA memory pools). They hold for every part
+    by itself: a network that is cut into many takes the sum.
+
+    Attributes:
+        sram_kib: managed SRAM, a cache; 1 MiB a core on Orin.
+        local_dram_mib: tensors between operations.
+        global_dram_mib: weights.
+    """
+
+    sram_kib: int | None = None
+    local_dram_mib: int | None = None
+    global_dram_mib: int | None = None
+
+    def pools(self) -> dict[str, int]:
+        """Name of TensorRT's pool -> bytes, of those that are bounded."""
+        sizes = {
+            "DLA_MANAGED_SRAM": (self.sram_kib, 10),
+            "DLA_LOCAL_DRAM": (self.local_dram_mib, 20),
+            "DLA_GLOBAL_DRAM": (self.global_dram_mib, 20),
+        }
+        return {name: size << shift for name, (size, shift) in sizes.items() if size is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """What is asked of a builder; precisions are not, the file carries them.
 
@@ -56,6 +84,7 @@ class BuildOptions:
         shapes: input -> range, for every input with a dynamic dimension.
         dla_core: put what it can on this deep-learning accelerator.
         gpu_fallback: let the GPU run what the accelerator cannot; otherwise such a layer is an error.
+        dla_memory: bounds of the accelerator's memory.
         timing_cache_folder: where timings are kept between builds; None keeps none.
         power_mode: mode of the device, part of what timings hold for.
         timeout_s: seconds after which the builder is killed.
@@ -67,6 +96,7 @@ class BuildOptions:
     shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
     dla_core: int | None = None
     gpu_fallback: bool = True
+    dla_memory: DlaMemory = DlaMemory()
     timing_cache_folder: Path | None = None
     power_mode: str | None = None
     timeout_s: float = TIMEOUT_S
@@ -80,6 +110,7 @@ class BuildOptions:
             "workspace_mib": self.workspace_mib,
             "shapes": shapes,
             "dla_core": self.dla_core,
+            "dla_memory_bytes": self.dla_memory.pools(),
             "power_mode": self.power_mode,
         }
 
@@ -241,6 +272,7 @@ def _build(
 ) -> EngineInfo:
     proto = load_onnx(onnx_path)
     _check_shapes(proto, options.shapes, onnx_path)
+    _check_dla(options, onnx_path)
     log_path = out_path.with_suffix(".log")
     # beside its place, so that the finished plan need not cross file systems
     aside = out_path.with_name(f".{out_path.name}.{os.getpid()}")
@@ -342,6 +374,21 @@ def _check_shapes(proto: Any, shapes: Mapping[str, ShapeRange], onnx_path: Path)
                 f"expected least <= typical <= largest shape of {name!r} {shown}, fixed sizes as they are; got "
                 f"{' / '.join(map(str, rows))} at {onnx_path}; correct the range"
             )
+
+
+def _check_dla(options: BuildOptions, onnx_path: Path) -> None:
+    """Bounds that TensorRT would take and fail on later."""
+    pools = options.dla_memory.pools()
+    if pools and options.dla_core is None:
+        raise BuildError(
+            f"expected dla_core with dla_memory; got none at {onnx_path}; name the accelerator, or leave its memory out"
+        )
+    wrong = {name: size for name, size in pools.items() if size < MIN_POOL_BYTES or size & (size - 1)}
+    if wrong:
+        raise BuildError(
+            f"expected bounds of the accelerator's memory that are powers of two, of {MIN_POOL_BYTES} bytes or more; "
+            f"got {wrong} at {onnx_path}; change BuildOptions.dla_memory"
+        )
 
 
 def _silence(

@@ -50,7 +50,9 @@ class BuilderFlag(enum.IntEnum):
 
 TensorIOMode = enum.IntEnum("TensorIOMode", {"INPUT": 1, "OUTPUT": 2})
 DataType = enum.Enum("DataType", {"FLOAT": 0, "INT64": 1})
-MemoryPoolType = enum.IntEnum("MemoryPoolType", {"WORKSPACE": 0})
+MemoryPoolType = enum.IntEnum(
+    "MemoryPoolType", {"WORKSPACE": 0, "DLA_MANAGED_SRAM": 1, "DLA_LOCAL_DRAM": 2, "DLA_GLOBAL_DRAM": 3}
+)
 DeviceType = enum.IntEnum("DeviceType", {"GPU": 0, "DLA": 1})
 ProfilingVerbosity = enum.IntEnum("ProfilingVerbosity", {"DETAILED": 2})
 LayerInformationFormat = enum.IntEnum("LayerInformationFormat", {"JSON": 1})

@@ -19,6 +19,7 @@ from fusepress.export import builder
 from fusepress.export.builder import Phases
 from fusepress.export.engine import (
     BuildOptions,
+    DlaMemory,
     EngineInfo,
     ShapeRange,
     build_rtx_engine,
@@ -285,6 +286,27 @@ def test_a_timing_cache_that_was_changed_or_is_not_accepted_is_started_anew(
     assert build()["state"] == "reused"
 
 
+@pytest.mark.parametrize(
+    ("core", "memory", "message"),
+    [
+        (
+            None,
+            DlaMemory(sram_kib=512),
+            r"expected dla_core with dla_memory; got none at .*\.onnx; name the",
+        ),
+        (0, DlaMemory(local_dram_mib=3), r"expected .* powers of two.*; got \{'DLA_LOCAL_DRAM': 3145728\} at .*\.onnx"),
+        (0, DlaMemory(sram_kib=2), r"of 4096 bytes or more; got \{'DLA_MANAGED_SRAM': 2048\} at"),
+        (0, DlaMemory(sram_kib=0), r"got \{'DLA_MANAGED_SRAM': 0\} at .*\.onnx; change BuildOptions\.dla_memory"),
+    ],
+)
+def test_bounds_that_the_accelerator_cannot_have_are_refused_before_the_build(
+    model: Path, tmp_path: Path, core: int | None, memory: DlaMemory, message: str
+) -> None:
+    options = BuildOptions(dla_core=core, dla_memory=memory)
+    with pytest.raises(BuildError, match=message):
+        build_rtx_engine(model, tmp_path / "m.engine", compute_capabilities=["8.9"], options=options)
+
+
 def test_layers_that_the_accelerator_leaves_to_the_gpu_are_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +316,11 @@ def test_layers_that_the_accelerator_leaves_to_the_gpu_are_named(
     assert not {"fuse/Conv", "Relu"} & set(info.fallback)
     assert json.loads(info.path.read_bytes())["device"] == [1, 1]
     assert info.to_dict()["fallback"] == list(info.fallback)
+    assert "dla_memory_bytes" not in info.to_dict()
+    bounded = BuildOptions(dla_core=1, dla_memory=DlaMemory(sram_kib=512, global_dram_mib=256))
+    bound = build_tensorrt_engine(model, tmp_path / "b.plan", options=bounded)
+    assert json.loads(bound.path.read_bytes())["pools"] == {"1": 512 << 10, "3": 256 << 20}
+    assert bound.to_dict()["dla_memory_bytes"] == {"DLA_MANAGED_SRAM": 512 << 10, "DLA_GLOBAL_DRAM": 256 << 20}
     with pytest.raises(BuildError, match=r"these layers do not run on the DLA: .*GridSample"):
         build_tensorrt_engine(model, tmp_path / "n.plan", options=BuildOptions(dla_core=1, gpu_fallback=False))
 
