@@ -22,8 +22,8 @@ import pytest
 
 from fusepress.pipeline.cli import cli
 from fusepress.pipeline.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, RecipeError
-from fusepress.pipeline.recipe import Recipe, load_recipe
-from fusepress.pipeline.reference import validate
+from fusepress.pipeline.recipe import load_recipe
+from fusepress.pipeline.reference import refusals, validate
 from fusepress.targets.fit import read_measurements
 from tests.documents import (
     NEEDS,
@@ -83,19 +83,11 @@ def _fusepress(words: list[str], *, whole: bool) -> None:
 
 
 def _override(text: str) -> None:
-    model = Recipe
-    *sections, last = text.partition("=")[0].split(".")
-    for part in sections:
-        field = model.model_fields.get(part)
-        if field is None:  # a name of the user's: a failure, a metric, a branch
-            return
-        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        inner = [kind for kind in kinds if hasattr(kind, "model_fields")]
-        if not inner:
-            return
-        model = inner[0]
-    known = last in model.model_fields or sections[-1:] == ["robustness"]
-    assert known, f"{text}: no such key"
+    key, _, value = text.partition("=")
+    for part in reversed(key.split(".")):
+        value = f"{{{part}: {value}}}"
+    unknown = [fault for fault in refusals(value) if "unknown key" in fault]
+    assert not unknown, f"{text}: {unknown}"
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=_name)
@@ -160,6 +152,29 @@ def test_every_piece_of_python_imports_what_there_is(block: Block) -> None:
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/stages.md"], ids=_name)
+def test_figures_of_what_was_found_stand_in_the_files_that_are_linked(path: Path) -> None:
+    found = [text for text in _paragraphs(path) if text.startswith("*Found*") or "benchmarks/results/" in text]
+    figures = 0
+    for text in found:
+        held = _held_by(path, text)
+        for figure in re.findall(r"\d+\.\d{3,}", re.sub(r"\]\([^)]*\)", "", text)):
+            figures += 1
+            half = 0.5 * 10.0 ** -len(figure.partition(".")[2])
+            assert any(abs(abs(value) - float(figure)) <= half * 1.001 for value in held), f"{figure}: {text[:60]}"
+    assert figures >= 2
+
+
+def _paragraphs(path: Path) -> list[str]:
+    return [" ".join(text.split()) for text in re.split(r"\n\n|\n(?=- )", without_blocks(path))]
+
+
+def _held_by(path: Path, text: str) -> list[float]:
+    files = [path.parent / target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    texts = [file.read_text() for file in files if file.suffix in (".md", ".json")]
+    return [float(number) for number in re.findall(r"\d+\.\d+", " ".join(texts))]
+
+
 def test_what_cannot_be_run_says_what_it_needs() -> None:
     assert {block.needs for block in TYPED} - {""} <= set(NEEDS)
     run = [block for block in TYPED if not block.needs and block.path in PAGES]
@@ -204,8 +219,10 @@ def test_a_command_that_is_wrong_is_found() -> None:
         _fusepress(["verify", "B", "--no-such"], whole=True)
     with pytest.raises(AssertionError):
         _fusepress(["verify"], whole=True)
-    with pytest.raises(AssertionError, match="no such key"):
-        _fusepress(["compress", "r.yaml", "-o", "prune.mac=0.4"], whole=True)
+    for wrong in ("prune.mac=0.4", "prun.macs=0.4", "gates.latency.mean_s=3"):
+        with pytest.raises(AssertionError, match="unknown key"):
+            _fusepress(["compress", "r.yaml", "-o", wrong], whole=True)
+    _fusepress(["compress", "r.yaml", "-o", "gates.robustness.my_failure.min=0.4", "-o", "sparsify=null"], whole=True)
     with pytest.raises(RecipeError):
         validate("prune: {mac: 0.4}")
 
