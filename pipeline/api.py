@@ -43,7 +43,7 @@ from fusepress.pipeline.recipe import (
     floor_parts,
     load_recipe,
 )
-from fusepress.pipeline.store import Store, atomic_write_text, content_key, sha256_file, sha256_tree
+from fusepress.pipeline.store import Store, atomic_write_text, content_key, folder_lock, sha256_file, sha256_tree
 from fusepress.targets.legality import check_legality
 from fusepress.targets.profile import Profile, load_profile
 
@@ -599,12 +599,13 @@ def gate(run: str | Path, *, overrides: Sequence[str] = (), baseline: str | Path
     """
     folder = Path(run)
     record = _finished(folder)
-    gates = run_recipe(folder, record, overrides).gates
-    if baseline is not None and gates.release is not None:
-        release = gates.release.model_copy(update={"file": str(Path(baseline).absolute())})
-        gates = gates.model_copy(update={"release": release})
-    judge_run(record, folder, gates)
-    write_reports(folder)
+    with folder_lock(folder):
+        gates = run_recipe(folder, record, overrides).gates
+        if baseline is not None and gates.release is not None:
+            release = gates.release.model_copy(update={"file": str(Path(baseline).absolute())})
+            gates = gates.model_copy(update={"release": release})
+        judge_run(record, folder, gates)
+        write_reports(folder)
     return Outcome(record=record, folder=folder, worked=True)
 
 

@@ -252,14 +252,16 @@ def bundle(run_folder: Path, out: Path | None, key: Path | None, licences: tuple
 @cli.command()
 @click.argument("what", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM) that must have signed it.")
+@_fail_on_option
 @_json_option
-def verify(what: Path, key: Path | None, as_json: bool) -> int:
+def verify(what: Path, key: Path | None, fail_on: FailOn, as_json: bool) -> int:
     """Check BUNDLE: hashes, signature, verdict, ONNX, plan, masks and reference outputs. Nothing in it is executed.
 
-    Exit code 3 where a check fails. What cannot be checked is said.
+    Exit code 5 where a check fails: do not use it. Else that of the verdict that it tells: 0 where it passed, 3 where a
+    gate failed, 4 where it is inconclusive or anomalous (see --fail-on). What cannot be checked is said.
     """
     from fusepress.pipeline import api
-    from fusepress.pipeline.bundling.verify import to_json
+    from fusepress.pipeline.bundling.verify import exit_code, to_json
     from fusepress.pipeline.text import verified_lines
 
     found = api.verify(what, key=key)
@@ -267,7 +269,7 @@ def verify(what: Path, key: Path | None, as_json: bool) -> int:
         click.echo(to_json(found))
     else:
         _print_lines(verified_lines(found))
-    return 0 if found.ok else EXIT_GATE_FAILED
+    return exit_code(found, fail_on)
 
 
 @cli.command()

@@ -79,7 +79,11 @@ class Verdict(Strict):
 
 
 class StageRecord(Strict):
-    """One stage of a run."""
+    """One stage of a run.
+
+    Attributes:
+        files: everything that it wrote: name in its folder -> sha256.
+    """
 
     name: str
     status: StageStatus = "pending"
@@ -88,6 +92,7 @@ class StageRecord(Strict):
     measurements: list[Measurement] = Field(default_factory=list)
     verdicts: list[Verdict] = Field(default_factory=list)
     details: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
     why: str | None = None
 
 

@@ -80,6 +80,8 @@ def run_stages(
     store = Store(folder.parent / STORE)
     with folder_lock(folder), _log_to(folder / "log.txt"), _terminate_as_interrupt():
         store.forget_asides()
+        for left in folder.glob(f".{RUN_JSON}.*"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         record.stages = [StageRecord(name=name) for name in names]
         worked = False
         for position, stage in enumerate(stages):
@@ -218,7 +220,7 @@ def _payload(output: StageOutput) -> dict[str, Any]:
 def _adopt(ctx: Context, record: RunRecord, stage: StageRecord, entry: Entry, folder: Path) -> None:
     payload = entry.payload
     stage.measurements = [Measurement.model_validate(m) for m in payload["measurements"]]
-    stage.details = payload["details"]
+    stage.details, stage.files = payload["details"], entry.files
     if stage.name == "quantize":
         ctx.ended_in = record.final_precision
     for name, relative in payload["artifacts"].items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from fusepress.pipeline.bundling.check import Check
 from fusepress.pipeline.bundling.make import make_bundle
 from fusepress.pipeline.bundling.manifest import (
     MANIFEST_JSON,
@@ -19,11 +22,13 @@ from fusepress.pipeline.bundling.manifest import (
     Manifest,
     digest_line,
     list_files,
+    read_manifest,
 )
+from fusepress.pipeline.bundling.model import CHECKS, check_models
 from fusepress.pipeline.bundling.reproduce import reproduce_bundle
-from fusepress.pipeline.bundling.verify import Check, Verified, check_folder
+from fusepress.pipeline.bundling.verify import Verified, check_folder, exit_code
 from fusepress.pipeline.errors import StoreError
-from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord
+from fusepress.pipeline.evidence import Artifact, RunRecord, StageRecord, read_run
 from fusepress.pipeline.gates import Condition, Replicates, judge, overall, save_replicates
 from fusepress.pipeline.recipe import Recipe
 from fusepress.pipeline.text import verified_lines
@@ -147,6 +152,121 @@ def test_weights_outside_are_found_wherever_they_are_named(tmp_path: Path, place
     nothing: Any = None
     with pytest.raises(StoreError, match="expected weights within the file"):
         reproduce_bundle(tmp_path, nothing)  # nor do its stages
+
+
+def _endless() -> onnx.ModelProto:
+    """A valid graph whose loop never ends."""
+    forever = numpy_helper.from_array(np.array(2**62, np.int64), "trips")
+    go = numpy_helper.from_array(np.array(True), "go")
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["on_out"]), helper.make_node("Abs", ["carried"], ["carried_out"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried", TensorProto.FLOAT, [1, 2]),
+        ],
+        [
+            helper.make_tensor_value_info("on_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried_out", TensorProto.FLOAT, [1, 2]),
+        ],
+    )
+    model = _doubled()
+    model.graph.initializer.extend([forever, go])
+    model.graph.node.insert(0, helper.make_node("Loop", ["trips", "go", "x"], ["looped"], body=body))
+    model.graph.node[1].input[0] = "looped"
+    return model
+
+
+def _huge() -> onnx.ModelProto:
+    """A small file of a graph that wants 4 GiB for one tensor."""
+    model = _doubled()
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2**30], np.int64), "size"))
+    nodes = [
+        helper.make_node("ConstantOfShape", ["size"], ["many"]),
+        helper.make_node("ReduceSum", ["many"], ["zero"], keepdims=0),
+        helper.make_node("Add", ["x", "zero"], ["shifted"]),
+    ]
+    for place, node in enumerate(nodes):
+        model.graph.node.insert(place, node)
+    model.graph.node[3].input[0] = "shifted"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "limits", "why"),
+    [
+        (_endless, {"timeout_s": 6.0}, r"expected an answer within 6 s and 8 GiB; got no answer within 6 s"),
+        (_huge, {"memory_bytes": 2 << 30}, r"(?i)alloc|memory|crash|exit status"),
+    ],
+)
+def test_a_graph_without_measure_costs_the_check_and_not_the_caller(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], limits: dict[str, Any], why: str
+) -> None:
+    _forge(tmp_path)
+    (tmp_path / FILES["onnx"]).write_bytes(make().SerializeToString())
+    found = check_models(tmp_path, read_manifest(tmp_path), read_run(tmp_path), **limits)
+    assert [found[name].status for name in CHECKS] == ["ok", "not checked", "failed"]
+    assert re.search(why, found["parity"].why)
+
+
+def _sparse(dense: bool) -> onnx.ModelProto:
+    """Two convolutions, the first with the 2:4 pattern and the second with or without."""
+    weights = np.ones((2, 4, 4, 1, 1), np.float32)
+    weights[:, :, 2:] = 0
+    if dense:
+        weights[1, 0, 3] = 1
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 2, 2])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 2, 2])
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["mid"], name="a/Conv"),
+        helper.make_node("Conv", ["mid", "b.weight"], ["y"], name="b/Conv"),
+    ]
+    constants = [numpy_helper.from_array(w, f"{name}.weight") for name, w in zip("ab", weights, strict=True)]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.mark.parametrize(
+    ("dense", "told", "status", "why"),
+    [
+        (False, {"masked_confirmed": 2, "masked_not_exported": []}, "ok", "2 layers of the released ONNX are 2:4"),
+        (True, {"masked_confirmed": 2, "masked_not_exported": []}, "failed", "got it in 1, not in 'b.weight'"),
+        (True, {"masked_confirmed": 1, "masked_not_exported": []}, "failed", "got it in 1, not in 'b.weight'"),
+        (False, {"masked_confirmed": 3, "masked_not_exported": []}, "failed", "the 3 masked layers .* got it in 2,"),
+        (False, {}, "failed", "expected run.json to tell which layers are 2:4"),
+    ],
+)
+def test_every_layer_that_the_record_calls_2to4_is_looked_at(
+    tmp_path: Path, dense: bool, told: dict[str, Any], status: str, why: str
+) -> None:
+    """One layer with the pattern was enough."""
+    _forge(tmp_path)
+    mask = np.ones((4, 4, 1, 1), np.uint8)
+    mask[:, 2:] = 0
+    masks = {"a.weight": mask, "b.weight": mask}
+    save_file(masks, tmp_path / "masks.safetensors")
+    save_file({name: m.astype(np.float32) for name, m in masks.items()}, tmp_path / "weights.safetensors")
+    (tmp_path / FILES["onnx"]).write_bytes(_sparse(dense).SerializeToString())
+    record = read_run(tmp_path)
+    for name, path in (("masks", "masks.safetensors"), ("checkpoint", "weights.safetensors")):
+        record.artifacts[name] = Artifact(path=path, sha256="0" * 64)
+    record.stages.append(StageRecord(name="export", details={"sparsity": told}))
+    checks = ("onnx", "masks")
+    found = check_models(tmp_path, read_manifest(tmp_path), record, wants_2to4=True, checks=checks)
+    assert found["masks"].status == status
+    assert re.search(why, found["masks"].why)
+
+
+def test_a_refused_release_is_told_first_and_by_the_exit_code() -> None:
+    for verdict, code in (("PASS", 0), ("FAIL", 3), ("INCONCLUSIVE", 4), ("ANOMALOUS", 4)):
+        whole = Verified(name="r", verdict=verdict, checks=(Check("hashes", "ok", "fine"),))
+        assert exit_code(whole) == code
+        assert exit_code(whole, "fail") == (3 if verdict == "FAIL" else 0)
+        assert verified_lines(whole)[0].startswith("r: every check passed" if code else "ok")
+        broken = Verified(name="r", verdict=verdict, checks=(Check("hashes", "failed", "no"),))
+        assert exit_code(broken, "fail") == 5
+        assert verified_lines(broken)[0].startswith("r: do not use it")
 
 
 def test_a_run_without_references_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_wrong_verdicts_are_as_rare_as_promised_and_a_true_drop_is_caught(run: M
     assert twice["PASS"] == none["FAIL"] == 0
 
 
+def test_a_count_of_other_code_is_made_again(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def cells(name: str) -> dict[str, int]:
+        found: dict[str, int] = run.Cells(tmp_path / "cells.json", 10, 0).get(
+            "row", 5, lambda: made.append(name) or {"PASS": 1}
+        )
+        return found
+
+    assert cells("first") == cells("again") == {"PASS": 1}
+    monkeypatch.setattr(run, "code_sha256", lambda: "another")
+    cells("of other code")
+    assert made == ["first", "of other code"]
+
+
 def test_the_committed_result_holds_what_it_claims(run: ModuleType) -> None:
     result = json.loads(RESULT.read_text())
     assert result["trials"] >= 2000

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pipeline.evaluate",
         "pipeline.evidence",
         "pipeline.gates",
+        "pipeline.npz",
         "pipeline.recipe",
         "pipeline.sensors",
         "pipeline.store",

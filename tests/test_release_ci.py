@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,15 @@ import numpy as np
 import pytest
 import yaml
 
-from fusepress.pipeline.bundling.archive import ArchiveError, check_names, read_entries, unpack, unsafe, write_archive
+from fusepress.pipeline.bundling.archive import (
+    MOST_FILES,
+    ArchiveError,
+    check_names,
+    read_entries,
+    unpack,
+    unsafe,
+    write_archive,
+)
 from fusepress.pipeline.bundling.manifest import (
     ABOVE,
     MANIFEST_JSON,
@@ -39,6 +48,7 @@ from fusepress.pipeline.cli import cli
 from fusepress.pipeline.cli import run as fusepress
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Measurement, StageRecord, read_run
+from fusepress.pipeline.store import sha256_file
 
 pytestmark = pytest.mark.timeout(1800)  # a whole lane of CI: half a minute, or twenty on a machine that is overloaded
 
@@ -96,7 +106,7 @@ def _key(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose GitHub lane without a GPU has run: runs/release and release.bundle.tar, signed."""
+    """A project whose GitHub lanes without a GPU have run: runs/release, unsigned and signed bundles."""
     folder = tmp_path_factory.mktemp("ci") / "mine"
     assert fusepress(["init", str(folder)]) == 0
     text = (folder / "task.py").read_text()
@@ -105,7 +115,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     private, _ = _key(folder)
     variables = {key: str(value) for key, value in GITHUB["env"].items()}
     files = {"GITHUB_STEP_SUMMARY": str(folder / "step.md"), "RUNNER_TEMP": str(folder)}
-    _run(_scripts(GITHUB["jobs"]["compress"]), folder, variables | files | {"SIGNING_KEY": private.read_text().strip()})
+    key = {"SIGNING_KEY": private.read_text().strip()}
+    private.unlink()
+    _run(_scripts(GITHUB["jobs"]["compress"]), folder, variables | files)
+    _run(_scripts(GITHUB["jobs"]["sign"]), folder, variables | files | key)
     assert not private.exists(), "the lane removes the key from the disk"
     return folder
 
@@ -113,7 +126,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_github_lane_leaves_summary_run_and_bundle(project: Path) -> None:
     assert (project / "step.md").read_text() == (project / "runs/release/summary.md").read_text()
     assert read_run(project / "runs/release").verdict == "PASS"
-    assert (project / "release.bundle.tar").is_file()
+    kinds = {
+        name: _status(verify_bundle(project / f"{name}.bundle.tar"))["signature"] for name in ("unsigned", "release")
+    }
+    assert kinds == {"unsigned": "not checked", "release": "not checked"}
+    assert "not signed" in _why_of(verify_bundle(project / "unsigned.bundle.tar"), "signature")
+    assert "whose it is" in _why_of(verify_bundle(project / "release.bundle.tar"), "signature")
     cached = {step["with"]["path"] for step in GITHUB["jobs"]["compress"]["steps"] if "cache/" in step.get("uses", "")}
     assert cached == {"runs/.store"}
     assert (project / "runs/.store").is_dir()
@@ -128,12 +146,13 @@ def test_junit_has_a_case_for_each_gate(project: Path) -> None:
 def test_the_gitlab_lane_reuses_the_cached_stages(project: Path) -> None:
     shutil.rmtree(project / "runs/release")  # another machine: only the cache of the store is there
     variables = {key: str(value) for key, value in GITLAB["variables"].items()}
-    said = _run(_scripts(GITLAB["compress"]), project, {**variables, "SIGNING_KEY": ""})
+    private, _ = _key(project)
+    said = _run(_scripts(GITLAB["compress"]), project, variables)
+    said += _run(_scripts(GITLAB["sign"]), project, {**variables, "SIGNING_KEY": str(private)})
     record = read_run(project / "runs/release")
     assert {s.status for s in record.stages} <= {"cached", "skipped"}
-    assert "every check passed" in said
+    assert said.count("every check passed") == 2
     assert GITLAB["compress"]["cache"]["paths"] == ["runs/.store"]
-    fusepress(["bundle", str(project / "runs/release"), "--out", str(project / "release.bundle.tar")])
 
 
 @pytest.mark.parametrize("job", [GITHUB["jobs"]["device"], GITLAB["device"]], ids=["github", "gitlab"])
@@ -152,6 +171,20 @@ def test_no_script_pastes_an_expression_into_the_shell() -> None:
     for job in GITHUB["jobs"].values():
         assert not [s for s in _scripts(job) if "${{" in s]
     assert GITHUB["permissions"] == {"contents": "read"}
+
+
+def test_no_job_that_runs_a_pull_requests_code_can_sign() -> None:
+    """The task is code, so a job that runs it for a pull request must not hold the key; nor may it check out any."""
+    signing = {name for name, job in GITHUB["jobs"].items() if "secrets." in json.dumps(job)}
+    assert signing == {"sign"}
+    job = GITHUB["jobs"]["sign"]
+    assert (job["if"], job["environment"]) == ("github.event_name != 'pull_request'", "release")
+    assert not [step for step in job["steps"] if "checkout" in step.get("uses", "")]
+    assert not any("compress" in script for script in _scripts(job))
+    keyed = {name for name, job in GITLAB.items() if "SIGNING_KEY" in json.dumps(job)}
+    assert keyed == {"sign"}
+    assert GITLAB["sign"]["rules"][0] == {"if": '$CI_PIPELINE_SOURCE == "merge_request_event"', "when": "never"}
+    assert GITLAB["sign"]["variables"] == {"GIT_STRATEGY": "none"}
 
 
 def test_the_container_file_copies_what_there_is() -> None:
@@ -184,6 +217,10 @@ def folder(signed: tuple[Path, Path, Path], tmp_path: Path) -> Path:
 
 def _status(found: Verified) -> dict[str, str]:
     return {check.name: check.status for check in found.checks}
+
+
+def _why_of(found: Verified, name: str) -> str:
+    return next(check.why for check in found.checks if check.name == name)
 
 
 def _why(found: Verified) -> str:
@@ -306,6 +343,11 @@ def _rewrite(folder: Path, name: str, content: bytes, key: Path | None = None) -
         (folder / SIGNATURE_JSON).write_bytes(sign(manifest, load_private_key(key)).to_bytes())
 
 
+def _retold(folder: Path, **changes: Any) -> bytes:
+    """run.json as a forger would write it anew, with its hash."""
+    return read_run(folder).model_copy(update=changes).to_json().encode()
+
+
 def read_manifest_unchecked(folder: Path) -> Manifest:
     return Manifest.model_validate_json((folder / MANIFEST_JSON).read_text())
 
@@ -323,7 +365,10 @@ def test_a_forger_without_the_key_is_found_out(folder: Path, signed: tuple[Path,
 def test_a_prettier_verdict_is_judged_again(folder: Path) -> None:
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["gates"]["floors"]["miou"] = 0.99
-    _rewrite(folder, "recipe.json", json.dumps(recipe).encode())
+    content = json.dumps(recipe).encode()
+    _rewrite(folder, "recipe.json", content)
+    assert "expected the recipe.json that run.json names; got other bytes at recipe.json" in _why(verify_bundle(folder))
+    _rewrite(folder, "run.json", _retold(folder, recipe_json_sha256=hashlib.sha256(content).hexdigest()))
     assert "judged again it is FAIL, run.json says PASS" in _why(verify_bundle(folder))
 
 
@@ -335,10 +380,13 @@ def test_other_weights_in_the_onnx_are_found_by_the_references(folder: Path) -> 
     proto = onnx.load(str(path))
     weight = next(t for t in proto.graph.initializer if len(t.dims) == 4)
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
-    old = read_run(folder).artifacts["onnx"].sha256
+    record = read_run(folder)
     _rewrite(folder, "export/model.onnx", proto.SerializeToString())
     new = read_manifest(folder).files["export/model.onnx"].sha256
-    _rewrite(folder, "run.json", (folder / "run.json").read_bytes().replace(old.encode(), new.encode()))
+    record.artifacts["onnx"].sha256 = new
+    for stage in record.stages:
+        stage.files |= {"model.onnx": new} if stage.name == "export" else {}
+    _rewrite(folder, "run.json", record.to_json().encode())
     said = {c.name: c for c in verify_bundle(folder).checks}
     assert said["parity"].status == "failed"
     assert "expected the reference outputs within" in said["parity"].why
@@ -359,9 +407,12 @@ def test_weights_outside_of_the_onnx_are_refused(folder: Path) -> None:
 
 
 def test_a_path_out_of_the_bundle_is_not_followed(folder: Path) -> None:
-    text = (folder / "run.json").read_text().replace('"export/model.onnx"', '"../../outside.onnx"')
-    _rewrite(folder, "run.json", text.encode())
-    assert not verify_bundle(folder).ok
+    record = read_run(folder)
+    record.artifacts["onnx"].path = "../../outside.onnx"
+    _rewrite(folder, "run.json", record.to_json().encode())
+    found = verify_bundle(folder)
+    assert _status(found)["run record"] == _status(found)["onnx"] == _status(found)["parity"] == "failed"
+    assert "expected the onnx within the bundle; got the path '../../outside.onnx'" in _why(found)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"schema": 1}', b"\xff\xfe"])
@@ -401,33 +452,50 @@ def test_the_command_line_tells_and_exits_as_it_should(
     assert told["ok"] is True
     assert told["verdict"] == "PASS"
     (folder / "run.json").write_text("{}")
-    assert fusepress(["verify", str(folder)]) == 3
+    assert fusepress(["verify", str(folder)]) == 5
     assert "do not use it" in capsys.readouterr().out
     assert fusepress(["verify", str(folder / "nothing.tar")]) == 2
     assert "expected a bundle; got no file at" in capsys.readouterr().err
 
 
-def test_a_run_that_did_not_pass_or_was_changed_is_not_bundled(project: Path, tmp_path: Path) -> None:
+def test_a_run_that_did_not_pass_or_was_changed_is_not_bundled(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from fusepress.pipeline.api import bundle
 
     run = tmp_path / "release"
     shutil.copytree(project / "runs/release", run)
     (run / "prune/plan.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"expected the plan that the run recorded; got other bytes at .*plan\.json"):
+    with pytest.raises(
+        StoreError, match=r"expected the plan\.json that the run recorded; got other bytes at .*prune/plan"
+    ):
         bundle(run)
     shutil.copy(project / "runs/release/prune/plan.json", run / "prune/plan.json")
+    stats = run / "baseline/dense_stats.npz"  # no artifact that a bundle names
+    stats.write_bytes(stats.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"expected the dense_stats\.npz that the run recorded; got other bytes"):
+        bundle(run)
+    shutil.copy(project / "runs/release/baseline/dense_stats.npz", stats)
     assert fusepress(["gate", str(run), "-o", "gates.floors.miou=0.99"]) == 3
     with pytest.raises(UsageError, match="expected a run that passed its gates; got FAIL"):
         bundle(run)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["gates"]["floors"]["miou"] = 0.99
     (run / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(StoreError, match=r"expected the recipe\.json that the run recorded; got other bytes"):
+        bundle(run, refused=True)
+    (run / "run.json").write_bytes(_retold(run, recipe_json_sha256=sha256_file(run / "recipe.json")))
     made = bundle(run, refused=True)
     assert made.manifest.verdict == "FAIL"
     assert "not signed" in made.notes[-1]
     found = verify_bundle(made.path)
     assert found.ok
     assert found.verdict == "FAIL"
+    capsys.readouterr()
+    assert fusepress(["verify", str(made.path)]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] == "release: every check passed; its verdict is FAIL"
+    assert fusepress(["verify", str(made.path), "--json"]) == 3
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "-----BEGIN PRIVATE KEY-----\nMC4=\n-----END PRIVATE KEY-----\n"])
@@ -537,6 +605,18 @@ def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> Non
 def test_names_that_would_fall_on_each_other_are_refused(names: list[str]) -> None:
     with pytest.raises(StoreError):
         check_names(names)
+
+
+def test_more_files_than_are_unpacked_are_not_written(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    names = [f"{number}" for number in range(MOST_FILES + 1)]
+    with pytest.raises(
+        StoreError, match=r"expected at most 10,000 files in a bundle, which is what is unpacked; got 1"
+    ):
+        write_archive(tmp_path / "a.tar", dict.fromkeys(names, tmp_path / "f"))
+    assert not (tmp_path / "a.tar").exists()
+    write_archive(tmp_path / "a.tar", dict.fromkeys(names[:-1], tmp_path / "f"))
+    assert len(list(read_entries(tmp_path / "a.tar"))) == MOST_FILES
 
 
 def _members() -> Iterator[tuple[str, tarfile.TarInfo]]:

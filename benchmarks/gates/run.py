@@ -8,6 +8,8 @@ Finished rows are kept in a file of counts (`--cells`), so that a run that was s
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import platform
 from collections import Counter
@@ -24,7 +26,7 @@ from scipy import stats as distributions
 from benchmarks.gates.trials import World, conditions, draws_of, replicates_of, simulate, tally, verdicts_of
 from fusepress.pipeline.gates import overall
 from fusepress.pipeline.recipe import AccuracyGate, GatesConfig, RobustnessGate
-from fusepress.pipeline.store import atomic_write_text
+from fusepress.pipeline.store import atomic_write_text, sha256_file
 
 OUT = Path(__file__).resolve().parents[1] / "results/gates"
 LIMIT = 0.03
@@ -39,12 +41,18 @@ GATES_TOGETHER = 6
 ACCURACY = GatesConfig(accuracy=AccuracyGate(max_drop=LIMIT))
 
 
+def code_sha256() -> str:
+    """Of all that shapes a count: the gates, the trials and what is asked of them."""
+    files = [*sorted(Path(inspect.getfile(overall)).parent.glob("*.py")), Path(inspect.getfile(World)), Path(__file__)]
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+
 class Cells:
-    """Counts of finished rows, by what shapes them."""
+    """Counts of finished rows, by what shapes them, which is the code as well."""
 
     def __init__(self, path: Path, replicates: int, seed: int) -> None:
         self.path = path
-        self.facts = [replicates, seed, np.__version__, scipy.__version__]
+        self.facts = [replicates, seed, np.__version__, scipy.__version__, code_sha256()]
         self.counts: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def get(self, name: str, trials: int, make: Callable[[], Mapping[str, int]]) -> dict[str, int]:

@@ -61,8 +61,14 @@ def write_archive(path: Path, files: Mapping[str, Path]) -> None:
     """Write files under their names, in this order; the same files give the same bytes.
 
     Raises:
-        StoreError: a name cannot be unpacked everywhere, or the file cannot be written.
+        StoreError: a name cannot be unpacked everywhere, there are more files than are unpacked, or the file cannot be
+            written.
     """
+    if len(files) > MOST_FILES:
+        raise StoreError(
+            f"expected at most {MOST_FILES:,} files in a bundle, which is what is unpacked; got {len(files):,} at "
+            f"{path.name}; remove from the run folder what the run did not make"
+        )
     check_names(list(files))
     aside = path.with_name(f".{path.name}.part")
     try:
@@ -154,7 +160,9 @@ def _entries(file: IO[bytes], total: int) -> Iterator[Entry]:
         name, size = _read_header(header, index)
         end = offset + BLOCK + size
         padding = -size % BLOCK
-        if end + padding + len(END) > total or index >= MOST_FILES:
+        if index >= MOST_FILES:
+            raise ArchiveError(f"expected at most {MOST_FILES:,} files; got more", index)
+        if end + padding + len(END) > total:
             raise ArchiveError(f"expected {size:,} bytes of {name}; got an archive that is cut short there", index)
         file.seek(end)
         if any(file.read(padding)):

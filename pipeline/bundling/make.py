@@ -21,10 +21,9 @@ from fusepress.pipeline.bundling.manifest import (
     list_files,
 )
 from fusepress.pipeline.bundling.signature import fingerprint, load_private_key, sign
-from fusepress.pipeline.bundling.verify import check_verdict
+from fusepress.pipeline.bundling.verify import changed, check_verdict
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import RunRecord, read_run
-from fusepress.pipeline.store import sha256_tree
 
 SUFFIX = ".bundle.tar"
 BOM_JSON = "bom.cdx.json"
@@ -133,13 +132,14 @@ def _run_files(run: Path) -> dict[str, Path]:
 
 
 def _check_artifacts(record: RunRecord, run: Path) -> None:
-    for name, artifact in record.artifacts.items():
-        path = run / artifact.path
-        if not path.exists() or sha256_tree(path) != artifact.sha256:
-            raise StoreError(
-                f"expected the {name} that the run recorded; got {'other bytes' if path.exists() else 'no file'} at "
-                f"{path}; run compress again: it restores the file from the store"
-            )
+    wrong = changed(record, run)
+    if wrong is not None:
+        name, path = wrong
+        found = "other bytes" if path.exists() else "no file"
+        raise StoreError(
+            f"expected the {name} that the run recorded; got {found} at {path}; run compress again: it restores the "
+            "file from the store"
+        )
 
 
 def _licence_files(given: Sequence[Path], scratch: Path) -> dict[str, Path]:

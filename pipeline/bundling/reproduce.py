@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fusepress.pipeline.bundling.manifest import faults, read_manifest
-from fusepress.pipeline.bundling.verify import bundled_recipe, check_onnx, guarded, open_bundle
+from fusepress.pipeline.bundling.model import check_models
+from fusepress.pipeline.bundling.verify import bundled_recipe, changed, open_bundle
 from fusepress.pipeline.errors import StoreError, UsageError
 from fusepress.pipeline.evidence import Measurement, RunRecord, StageRecord, read_run
 from fusepress.pipeline.store import sha256_tree
@@ -67,7 +68,10 @@ def reproduce_bundle(bundle: Path, ctx: Context) -> list[Reproduced]:
             name, reason = next(iter(wrong.items()))
             raise StoreError(f"expected the files of the manifest; got others at {name}: {reason}; verify the bundle")
         record = read_run(folder)
-        whole = guarded("onnx", lambda: check_onnx(folder, manifest, record))  # the stages would follow a path in it
+        other = changed(record, folder)
+        if other is not None:
+            raise StoreError(f"expected the {other[0]} that run.json names; got other bytes; verify the bundle")
+        whole = check_models(folder, manifest, record, checks=("onnx",))["onnx"]  # the stages would follow a path in it
         if whole.status != "ok":
             raise StoreError(f"{whole.why}; verify the bundle")
         check_same_inputs(folder, record, ctx)

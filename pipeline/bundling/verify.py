@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fusepress.pipeline.bundling.archive import ArchiveError, unpack
+from fusepress.pipeline.bundling.check import Check, guarded, within
 from fusepress.pipeline.bundling.manifest import (
     ABOVE,
     MANIFEST_JSON,
@@ -23,30 +20,20 @@ from fusepress.pipeline.bundling.manifest import (
     read_limited,
     read_manifest,
 )
+from fusepress.pipeline.bundling.model import CHECKS, check_models
 from fusepress.pipeline.bundling.signature import check_signature, fingerprint, load_public_key
-from fusepress.pipeline.errors import FusepressError, StoreError, UsageError
+from fusepress.pipeline.errors import EXIT_STAGE_FAILED, FusepressError, StoreError, UsageError
 from fusepress.pipeline.evidence import RunRecord, Verdict, read_run
-from fusepress.pipeline.gates import judge, load_baseline, load_replicates, overall
+from fusepress.pipeline.gates import FailOn, judge, load_baseline, load_replicates, overall
+from fusepress.pipeline.gates import exit_code as verdict_exit_code
 from fusepress.pipeline.recipe import Recipe
-from fusepress.pipeline.store import sha256_tree
+from fusepress.pipeline.store import sha256_file, sha256_tree
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-Status = Literal["ok", "failed", "not checked"]
-
-# of the largest reference output: the same file on another CPU adds up in another order
-PARITY_RELATIVE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 2e-2, "fp8": 5e-2}
+RECIPE_JSON = "recipe.json"
 SPOTS = 8  # faults that are named one by one
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One check, and what it found."""
-
-    name: str
-    status: Status
-    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,19 +133,11 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
         why = f"expected {', '.join(RELEASED)} in run.json; got no {', '.join(lacking)}; fetch the bundle again"
         checks.append(Check("run record", "failed", why))
         return Verified(name=manifest.name, verdict=manifest.verdict, checks=tuple(checks))
-    content: dict[str, Callable[[], Check]] = {
-        "run record": lambda: _record(folder, manifest, record),
-        "verdict": lambda: check_verdict(folder, record),
-        "onnx": lambda: check_onnx(folder, manifest, record),
-        "plan": lambda: _plan(folder, record),
-    }
-    checks += [guarded(name, check) for name, check in content.items()]
-    refused = any(check.name == "onnx" and check.status != "ok" for check in checks)
-    for name, reader in {"masks": _masks, "parity": _parity}.items():
-        if refused:  # its readers follow paths that the check looks for
-            checks.append(Check(name, "not checked", "an ONNX file that fails its check is not opened again"))
-        else:
-            checks.append(guarded(name, partial(reader, folder, record)))
+    checks.append(guarded("run record", lambda: _record(folder, manifest, record)))
+    checks.append(guarded("verdict", lambda: check_verdict(folder, record)))
+    models = _models(folder, manifest, record)
+    plan = guarded("plan", lambda: _plan(folder, record))
+    checks += [models["onnx"], plan, models["masks"], models["parity"]]
     return Verified(
         name=manifest.name,
         verdict=manifest.verdict,
@@ -167,14 +146,11 @@ def check_folder(folder: Path, trusted: Ed25519PublicKey | None) -> Verified:
     )
 
 
-def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """A check that meets what it did not expect has failed: a bundle may hold anything."""
+def _models(folder: Path, manifest: Manifest, record: RunRecord) -> dict[str, Check]:
     try:
-        return check()
+        return check_models(folder, manifest, record, wants_2to4=bundled_recipe(folder).wants_2to4)
     except FusepressError as error:
-        return Check(name, "failed", str(error))
-    except Exception as error:  # noqa: BLE001  parsers of other libraries, on bytes of a stranger
-        return Check(name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+        return {name: Check(name, "failed", str(error)) for name in CHECKS}
 
 
 def _hashes(manifest: Manifest, wrong: dict[str, str]) -> Check:
@@ -199,19 +175,38 @@ def _record(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
     told = (record.name, record.target, str(record.verdict), record.fusepress)
     if told != (manifest.name, manifest.target, manifest.verdict, manifest.fusepress):
         raise StoreError("expected run.json to tell what the manifest tells; got another name, target or verdict")
-    for name, artifact in record.artifacts.items():
+    wrong = changed(record, folder)
+    if wrong is not None:
+        name, path = wrong
+        raise StoreError(f"expected the {name} that run.json names; got other bytes at {path.relative_to(folder)}")
+    files = sum(len(stage.files) for stage in record.stages)
+    return Check(
+        "run record", "ok", f"{len(record.artifacts)} artifacts and {files} files of stages are those it names"
+    )
+
+
+def changed(record: RunRecord, folder: Path) -> tuple[str, Path] | None:
+    """The first file of a stage, recipe.json or artifact that is not as the record names it; its name and path.
+
+    Raises:
+        StoreError: a path leads out of the folder.
+    """
+    files = {f"{stage.name}/{name}": sha for stage in record.stages for name, sha in stage.files.items()}
+    if record.recipe_json_sha256 is not None:
+        files[RECIPE_JSON] = record.recipe_json_sha256
+    for relative, sha in files.items():
+        path = within(folder, relative, "file")
+        if not path.is_file() or sha256_file(path) != sha:
+            return path.name, path
+    for name, artifact in record.artifacts.items():  # those of runs of before are named here alone
         path = _inside(folder, record, name)
         if not path.exists() or sha256_tree(path) != artifact.sha256:
-            raise StoreError(f"expected the {name} that run.json names; got other bytes at {artifact.path}")
-    return Check("run record", "ok", f"{len(record.artifacts)} artifacts are those that run.json names")
+            return name, path
+    return None
 
 
 def _inside(folder: Path, record: RunRecord, name: str) -> Path:
-    """An artifact's path, which a bundle may not lead out of itself."""
-    path = folder / record.artifacts[name].path
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise StoreError(f"expected the {name} within the bundle; got the path {record.artifacts[name].path!r}")
-    return path
+    return within(folder, record.artifacts[name].path, name)
 
 
 def bundled_recipe(folder: Path) -> Recipe:
@@ -220,7 +215,7 @@ def bundled_recipe(folder: Path) -> Recipe:
     Raises:
         StoreError: it is missing or no recipe.
     """
-    path = folder / "recipe.json"
+    path = folder / RECIPE_JSON
     try:
         return Recipe.model_validate_json(read_limited(path))
     except (OSError, ValueError) as error:
@@ -261,37 +256,6 @@ def _differ(told: Verdict | None, found: Verdict | None) -> bool:
     return any(a != b if None in (a, b) else not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
 
 
-def check_onnx(folder: Path, manifest: Manifest, record: RunRecord) -> Check:
-    """Every ONNX file, and the released one whatever its name is.
-
-    Raises:
-        StoreError: a file has weights outside of it; the checker raises errors of its own.
-    """
-    import onnx
-
-    released = _inside(folder, record, "onnx").resolve().relative_to(folder.resolve()).as_posix()
-    files = sorted({released, *(name for name in manifest.files if name.endswith(".onnx"))})
-    for name in files:
-        proto = onnx.load(str(folder / name), load_external_data=False)
-        tensors = [m for m in _messages(proto) if isinstance(m, onnx.TensorProto)]
-        outside = [t.name for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL or t.external_data]
-        if outside:
-            raise StoreError(
-                f"expected weights within the file; got {outside[0]!r} outside of it at {name}; do not use it"
-            )
-        onnx.checker.check_model(proto, full_check=True)
-    return Check("onnx", "ok", f"{len(files)} files pass the ONNX checker with shape inference")
-
-
-def _messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and every one within it: tensors also of sparse weights, inner graphs and functions."""
-    yield message
-    for slot, value in message.ListFields():
-        if slot.message_type is not None:
-            for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from _messages(inner)
-
-
 def _plan(folder: Path, record: RunRecord) -> Check:
     """The weights have at least the channels that the plan keeps (layers that join groups have more)."""
     from safetensors import safe_open
@@ -317,68 +281,6 @@ def _plan(folder: Path, record: RunRecord) -> Check:
     return Check("plan", "ok", f"the checkpoint has the channels that the plan keeps of {len(plan.groups)} groups")
 
 
-def _masks(folder: Path, record: RunRecord) -> Check:
-    """Masked weights are zero, and a 2:4 release has layers of that pattern."""
-    from safetensors.numpy import load_file
-
-    if "masks" not in record.artifacts:
-        return Check("masks", "not checked", "the run did not sparsify")
-    masks = load_file(_inside(folder, record, "masks"))
-    weights = load_file(_inside(folder, record, "checkpoint"))
-    for name, mask in masks.items():
-        if name not in weights or weights[name].shape != mask.shape:
-            raise StoreError(
-                f"expected a weight of shape {mask.shape} for the mask {name!r}; got none in the checkpoint"
-            )
-        revived = int(np.count_nonzero(weights[name][mask == 0]))
-        if revived:
-            raise StoreError(f"expected masked weights to be zero; got {revived} others in {name!r}")
-    note = ""
-    if bundled_recipe(folder).wants_2to4:
-        from fusepress.export.sparsity import check_sparsity_2to4
-
-        found = len(check_sparsity_2to4(_inside(folder, record, "onnx")).valid_layers)
-        if found == 0:
-            raise StoreError("expected layers with the 2:4 pattern in the released ONNX; got none")
-        note = f"; {found} layers of the released ONNX are 2:4"
-    return Check("masks", "ok", f"{len(masks)} masks hold in the checkpoint{note}")
-
-
-def _parity(folder: Path, record: RunRecord) -> Check:
-    """The released ONNX gives the reference outputs from the reference inputs, on ONNX Runtime here."""
-    from safetensors.numpy import load_file
-
-    from fusepress.export.runtime import OnnxSession
-
-    tensors = load_file(_inside(folder, record, "references"))
-    inputs = {name.removeprefix("inputs/"): t for name, t in tensors.items() if name.startswith("inputs/")}
-    expected = {name.removeprefix("outputs/"): t for name, t in tensors.items() if name.startswith("outputs/")}
-    samples = min((len(tensor) for tensor in inputs.values()), default=0)
-    if samples == 0 or not all(reference.size and np.isfinite(reference).all() for reference in expected.values()):
-        raise StoreError(
-            "expected finite reference outputs of at least one sample; got none, NaN or infinity at "
-            f"{record.artifacts['references'].path}; run compress again from verify"
-        )
-    integer_kernels = record.target_profile.get("family") == "host"
-    session = OnnxSession(_inside(folder, record, "onnx"), integer_kernels=integer_kernels)
-    found = session.run_numpy(inputs)
-    if set(found) != set(expected) or not expected:
-        raise StoreError(f"expected the outputs {sorted(expected)}; got {sorted(found)} from the released ONNX")
-    limit = PARITY_RELATIVE[record.final_precision or "fp32"]
-    worst = 0.0
-    for name, reference in expected.items():
-        if found[name].shape != reference.shape or not np.isfinite(found[name]).all():
-            raise StoreError(f"expected {name!r} of shape {reference.shape}, finite; got {found[name].shape}")
-        largest = max(float(np.abs(reference).max(initial=0.0)), 1e-12)
-        away = np.abs(found[name].astype(np.float64) - reference)
-        worst = max(worst, float(away.max(initial=0.0)) / largest)
-    if worst > limit:
-        raise StoreError(f"expected the reference outputs within {limit:g} of the largest; got {worst:.2g} away")
-    return Check(
-        "parity", "ok", f"reference outputs of {samples} samples again, at most {worst:.2g} of the largest away"
-    )
-
-
 def _beyond(record: RunRecord) -> tuple[str, ...]:
     """What no file can prove."""
     notes = [
@@ -392,6 +294,19 @@ def _beyond(record: RunRecord) -> tuple[str, ...]:
     if "build_kit" in record.artifacts:
         notes.append("the build kit's scripts: hashed here and not run")
     return tuple(notes)
+
+
+def exit_code(found: Verified, fail_on: FailOn = "inconclusive") -> int:
+    """5 where a check failed; else that of the verdict that the bundle tells, which was judged again.
+
+    Args:
+        found: what was checked.
+        fail_on: the mildest verdict that does not give 0.
+    """
+    if not found.ok:
+        return EXIT_STAGE_FAILED
+    verdict: Any = found.verdict
+    return verdict_exit_code(verdict, fail_on)
 
 
 def to_json(found: Verified) -> str:

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.gates.bootstrap import Condition, block_length, unit_count
 from fusepress.pipeline.gates.intervals import TRUSTED_BLOCKS, TRUSTED_UNITS, Floats, Interval, interval
+from fusepress.pipeline.npz import Arrays, load_npz
 from fusepress.pipeline.store import atomic_write_bytes
 
 Direction = Literal["max", "min"]
-Arrays = dict[str, npt.NDArray[Any]]
 
 REPLICATES_NPZ = "replicates.npz"
 SCHEMA = 1
@@ -197,26 +197,20 @@ def load_replicates(path: Path) -> Replicates:
     Raises:
         StoreError: it is missing, damaged or of another schema.
     """
+    what = f"bootstrap replicates of schema {SCHEMA}"
     try:
-        content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as archive:
-            members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("compressed members, which could unpack to any size")
-        if sum(member.file_size for member in members) > content.getbuffer().nbytes:
-            raise ValueError("members that lie over each other, which could unpack to any size")
-        with np.load(content, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        if int(arrays["meta/schema"]) != SCHEMA:
-            raise ValueError(f"schema {int(arrays['meta/schema'])}, not {SCHEMA}")
-        return _from_arrays(arrays)
+        arrays = load_npz(path, what)
     except FileNotFoundError as error:
         raise StoreError(
             f"expected bootstrap replicates; got no file at {path}; run `fusepress compress` again"
         ) from error
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on bytes that are none of theirs
+    try:
+        if int(arrays["meta/schema"]) != SCHEMA:
+            raise ValueError(f"schema {int(arrays['meta/schema'])}, not {SCHEMA}")
+        return _from_arrays(arrays)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise StoreError(
-            f"expected bootstrap replicates of schema {SCHEMA}; got a file that does not fit at {path} ({error}); "
+            f"expected {what}; got a file that does not fit at {path} ({error}); "
             "run `fusepress compress --from verify` again"
         ) from error
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusepress.pipeline.distributed import gather_objects, is_main, rank, world
+from fusepress.pipeline.errors import StoreError
 from fusepress.pipeline.evaluate import Evaluation, Predict, evaluate, torch_predict
 from fusepress.pipeline.evidence import UNSTABLE, Kind, Measurement
 from fusepress.pipeline.gates import Replicates, compare, metric_intervals
+from fusepress.pipeline.npz import load_npz
 from fusepress.pipeline.stages.base import Context
 from fusepress.pipeline.store import atomic_write_bytes
 from fusepress.pipeline.task import Batch, first_batch
@@ -76,10 +78,20 @@ def save_stats(evaluation: Evaluation, path: Path) -> None:
 
 
 def load_stats(path: Path, score: Callable[[dict[str, Any]], dict[str, float]]) -> Evaluation:
-    """The inverse of `save_stats`."""
-    with np.load(path, allow_pickle=False) as stored:
-        stats = {name.removeprefix("stat/"): stored[name] for name in stored.files if name.startswith("stat/")}
+    """The inverse of `save_stats`.
+
+    Raises:
+        StoreError: it is no such file.
+    """
+    stored = load_npz(path, "per-sample statistics")
+    stats = {name.removeprefix("stat/"): array for name, array in stored.items() if name.startswith("stat/")}
+    try:
         ids, groups = tuple(map(str, stored["sample_ids"])), tuple(map(str, stored["groups"]))
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"expected sample_ids and groups among per-sample statistics; got {sorted(stored)} at {path}; run "
+            "`fusepress compress` again"
+        ) from error
     return Evaluation(stats=stats, sample_ids=ids, groups=groups, metrics=score(stats))
 
 
