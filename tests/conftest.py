@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fusepress.targets import remote
 from tests.device_double import DeviceDouble, Server, served
+
+# an example takes as long as the machine lets it: hypothesis's own deadline of 200 ms failed on a busy one
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture
