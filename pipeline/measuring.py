@@ -12,10 +12,10 @@ from fusepress.pipeline.errors import UsageError
 from fusepress.pipeline.evidence import UNSTABLE, GateVerdict, Measurement, Verdict
 from fusepress.pipeline.store import sha256_file
 from fusepress.targets.host import gpu_name
+from fusepress.targets.latency import THROUGHPUT
 
 STATISTICS = ("mean_ms", "p50_ms", "p90_ms", "p99_ms", "p999_ms")
 MISS_RATE = "miss_rate"
-THROUGHPUT = "throughput_hz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

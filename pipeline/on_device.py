@@ -14,6 +14,8 @@ from fusepress.pipeline.errors import ExportError, MeasureError
 from fusepress.pipeline.evidence import UNSTABLE, Measurement, RunRecord
 from fusepress.pipeline.store import atomic_write_text
 from fusepress.targets.doctor import Finding, examine
+from fusepress.targets.host import THIS_MACHINE
+from fusepress.targets.latency import THROUGHPUT
 from fusepress.targets.local import LocalDevice
 from fusepress.targets.profile import Profile
 from fusepress.targets.remote import measure_remote, probe_device
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from fusepress.targets.doctor import DeviceFacts
 
 DEVICE_FOLDER = "device"
-THROUGHPUT = "throughput_hz"
 PART = "part "  # before a branch's name, which could be any
 
 
@@ -172,7 +173,7 @@ def measure_shipment(
             )
     finally:
         reporter.end()
-    place = settings.host or "this machine"
+    place = settings.host or THIS_MACHINE
     far = [found for found in result.differences if not found.relative <= shipment.tolerance]
     if far:
         worst = max(far, key=lambda found: found.relative)

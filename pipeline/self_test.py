@@ -67,6 +67,7 @@ def self_test(*, seconds: float = 2.0, say: Say | None = None) -> dict[str, Any]
             for kind, path in models.items()
             if kind != "fp16"  # its CPU provider lacks kernels for it
         }
+        record["onnxruntime_cuda"] = _cuda(models, seconds, missing)
         for position, runtime in enumerate(RUNTIMES):
             tell(0.1 + 0.45 * position, runtime)
             record[runtime] = _runtime(runtime, models, Path(name), seconds, missing)
@@ -146,6 +147,27 @@ def _on_onnxruntime(path: Path, seconds: float) -> dict[str, Any]:
     from fusepress.targets.measure import measure_latency
 
     session = OnnxSession(path)
+    return _latency(measure_latency(session.timed_callable(made_up_batch(session).inputs), max_seconds=seconds))
+
+
+def _cuda(models: dict[str, Path], seconds: float, missing: list[str]) -> dict[str, Any]:
+    """What ONNX Runtime's CUDA provider makes of the models; the first that fails ends it."""
+    found = {}
+    for kind, path in models.items():
+        found[kind] = _attempt(lambda path=path: _on_cuda(path, seconds))  # type: ignore[misc]
+        if not found[kind]["ok"]:
+            missing.append(f"onnxruntime_cuda: {found[kind]['error']}")
+            break
+    return found
+
+
+def _on_cuda(path: Path, seconds: float) -> dict[str, Any]:
+    """Latency on ONNX Runtime's CUDA provider; refused where it falls back to the CPU."""
+    from fusepress.export.passes import made_up_batch
+    from fusepress.export.runtime_cuda import CudaSession
+    from fusepress.targets.measure import measure_latency
+
+    session = CudaSession(path)
     return _latency(measure_latency(session.timed_callable(made_up_batch(session).inputs), max_seconds=seconds))
 
 

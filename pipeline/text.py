@@ -294,6 +294,7 @@ def self_test_lines(record: dict[str, Any]) -> list[str]:
     machine = record["machine"]
     lines = [f"machine   {machine['system']}, {machine['host'].get('cpu', 'an unknown CPU')}"]
     lines += [_attempt_line("onnx", kind, attempt) for kind, attempt in record["onnxruntime"].items()]
+    lines += [_attempt_line("cuda", kind, attempt) for kind, attempt in record.get("onnxruntime_cuda", {}).items()]
     for runtime in ("tensorrt", "tensorrt_rtx"):
         found = record[runtime]
         if "version" in found["importer"]:

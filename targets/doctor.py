@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusepress.pipeline.errors import DeviceError
+from fusepress.targets.host import THIS_MACHINE
 from fusepress.targets.profile import Profile
 from fusepress.targets.trtexec import Banner, parse_banner
 from fusepress.targets.trtexec_command import tensorrt_version
@@ -424,7 +425,8 @@ def refuse(findings: list[Finding], host: str) -> None:
     grave = [finding for finding in findings if finding.level == "refuse"]
     if grave:
         lines = "\n  ".join(f"{finding.what}: {finding.text}" for finding in grave)
+        where = "" if host == THIS_MACHINE else f" at `fusepress targets doctor {host}`"
         raise DeviceError(
-            f"expected {host} to be fit for a measurement; got {len(grave)} reason(s) against it at `fusepress targets "
-            f"doctor {host}`; mend them:\n  {lines}"
+            f"expected {host} to be fit for a measurement; got {len(grave)} reason(s) against it{where}; mend them:\n"
+            f"  {lines}"
         )

@@ -265,8 +265,8 @@ def interval_widths(
     """Widths from rows with the log errors of fits without their families, and without their devices.
 
     A family that is held out takes the only rows of some devices with it. Such an error is none on a known device, so
-    that each kind has a quantile of its own. On a device that
-    was not seen both errors count, which are added in quadrature, as if independent.
+    that each kind has a quantile of its own. On a device that was not seen both errors count, which are added in
+    quadrature, as if independent.
 
     Args:
         by_family: rows and log errors, their families held out.
@@ -374,10 +374,10 @@ def read_measurements(path: Path) -> Measurements:
             f"expected measured latencies (schema {MEASUREMENTS_SCHEMA}); got {first['msg']} at {path}: {where}; "
             "see docs/latency.md for the format"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
         raise TargetError(
-            f"expected YAML in UTF-8; got a file that does not parse at {path} ({first}); correct it"
+            f"expected YAML in UTF-8; got a file that does not parse at {path} ({said}); correct it"
         ) from error
 
 

@@ -18,6 +18,7 @@ CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FALLBACK_MHZ = 2500.0
 NVIDIA_SMI_S = 30.0
+THIS_MACHINE = "this machine"  # in messages, where a device has its host name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

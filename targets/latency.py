@@ -25,6 +25,7 @@ CONFIDENCE = 0.95
 STABLE_COV = 0.10
 STABLE_DRIFT = 0.05
 FEWEST_RUNS = 5
+THROUGHPUT = "throughput_hz"  # name of a measurement
 LONGEST_LAG = 4  # of a series, the part over which its correlation is looked for
 
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusepress.pipeline.errors import UsageError
+from fusepress.targets.host import THIS_MACHINE
 from fusepress.targets.ssh import CALL_TIMEOUT_S, CallFailed, ConnectionLost, SshDevice
-
-NAME = "this machine"
 
 
 class LocalDevice(SshDevice):
@@ -28,7 +27,7 @@ class LocalDevice(SshDevice):
 
     def __init__(self, *, poll_s: float = 10.0) -> None:
         super().__init__("localhost", poll_s=poll_s)
-        self.host = NAME
+        self.host = THIS_MACHINE
 
     def __enter__(self) -> LocalDevice:
         """Put the program in its place."""

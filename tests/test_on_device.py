@@ -235,7 +235,10 @@ def test_this_machine_takes_a_device_s_place(
         assert device.calls("--infStreams=4") == 1
         device.program("trtexec", "#!/bin/sh\necho broken\n")
         assert cli.run(arguments) == 5
-        assert "expected this machine to be fit for a measurement" in capsys.readouterr().err
+        assert (
+            "expected this machine to be fit for a measurement; got 1 reason(s) against it; mend"
+            in capsys.readouterr().err
+        )
     finally:
         device.end_jobs()
 

@@ -21,6 +21,7 @@ from fusepress.export.tiny import KINDS, tiny_model
 from fusepress.pipeline import self_test as module
 from fusepress.pipeline.cli import run
 from fusepress.pipeline.text import self_test_lines
+from fusepress.targets.host import gpu_name
 from fusepress.targets.operators import operator_faults
 from fusepress.targets.profile import load_profile
 from tests.doubles import play_tensorrt
@@ -79,6 +80,9 @@ def test_a_machine_without_tensorrt_says_what_is_missing(
     assert build["run"] == {"ok": True, "executed": False}
     assert record["onnxruntime"]["fp32"]["latency"]["mean_ms"] > 0
     assert any("engines were built and not run: torch sees no GPU" in why for why in record["missing"])
+    if gpu_name() is None:
+        assert not record["onnxruntime_cuda"]["fp32"]["ok"]
+        assert any("expected ONNX Runtime's CUDAExecutionProvider; got CPU" in why for why in record["missing"])
     if importlib.util.find_spec("tensorrt") is None:
         assert "tensorrt: the Python package tensorrt is not installed" in record["missing"]
         assert "missing   tensorrt: the Python package tensorrt is not installed" in said

@@ -49,12 +49,14 @@ def correlated(random: np.random.Generator, n: int, rho: float) -> np.ndarray:
 
 
 def test_workers_finish_as_much_as_their_clock_allows() -> None:
-    """Two workers that sleep for 20 ms finish at most 100 a second together, and each run takes at least 20 ms."""
+    """Two that sleep for 20 ms finish about 100 a second together at most, and each run takes at least 20 ms."""
     found = measure_throughput([lambda: time.sleep(0.02)] * 2, max_seconds=1.0)
     value, low, high = found.per_second
     assert found.workers == 2
     assert 0 < low <= value <= high
-    assert value <= 101  # less where the machine is busy
+    assert (
+        value <= 126
+    )  # six ends of two workers take at least two sleeps more; fewer a second where the machine is busy
     assert found.latency.mean_ms >= 20
     assert found.latency.n == found.gaps.n + 1
 

@@ -29,13 +29,14 @@ from fusepress.pipeline.store import atomic_write_text
 from fusepress.targets.kernels import kernel_times
 from fusepress.targets.network import Network, read_network
 from fusepress.targets.predict import predict_network
-from fusepress.targets.profile import load_profile
+from fusepress.targets.profile import Precision, load_profile
 from fusepress.targets.roofline import constants_of
 from fusepress.targets.work import Array, Work, describe_work, join_works
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "latency" / "speed.json"
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.latency.speed"
-TARGET, PRECISION = "jetson-agx-orin-64gb", "fp16"
+TARGET = "jetson-agx-orin-64gb"
+PRECISION: Precision = "fp16"
 LAYERS, SIZE, SEED, SETTINGS, REPEATS = 1000, 20, 0, 16, 5
 CHANNELS = (16, 257)
 ASKED_MS = 50.0

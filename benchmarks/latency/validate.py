@@ -8,9 +8,10 @@ where the network's graph and the device's profile are at hand. Rows of quality 
 compared. Each error that is printed is of a row whose model family, or whose device, was not in the fit. Harnesses are
 part of the comparison: an offset a source, and the cost of starting kernels without a CUDA graph; a held-out family
 that alone had its source gets the typical offset of the others. The interval of a row comes from the errors of the
-other groups' rows, each held out in the same way (`fit.interval_widths`), by the rule that predictions follow. Orin has
-constants of its own; all other GPUs share a set. The form of the model was chosen on these rows, too, so that errors on
-rows of other publishers may be larger.
+other groups' rows, each held out in the same way (`fit.interval_widths`), by the rule that predictions follow; the fits
+behind these errors lacked their own group alone, so that they had the row's. Orin has constants of its own; all other
+GPUs share a set. The form of the model was chosen on these rows, too, so that errors on rows of other publishers may be
+larger.
 """
 
 from __future__ import annotations
