@@ -43,7 +43,10 @@ _LOG_LAYER = re.compile(
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _COMPUTE = re.compile(r"correlation|gemm|deconv|conv|matrixmultiply|runtime_fusion", re.IGNORECASE)
 _REFORMAT = re.compile(r"reformat", re.IGNORECASE)
-_PROFILE_ENTRY = re.compile(r'"name"\s*:\s*"(?P<name>.*)"\s*,\s*"timeMs"\s*:.*?"averageMs"\s*:\s*(?P<ms>[-+\d.eE]+)')
+_PROFILE_ENTRY = re.compile(
+    r'"name"\s*:\s*"(?P<name>.*)"\s*,\s*"timeMs"\s*:.*?"averageMs"\s*:\s*(?P<ms>\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)'
+)
+LONGEST_MS = 1e9  # what is longer is no time of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +134,7 @@ def parse_inspection(text: str, *, where: str = "the inspector's answer") -> Ins
     """
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildError(
             f"expected the JSON of an engine inspector; got something else at {where} ({error}); write it with "
             "trtexec --exportLayerInfo=layers.json --profilingVerbosity=detailed"
@@ -144,6 +147,11 @@ def parse_inspection(text: str, *, where: str = "the inspector's answer") -> Ins
         )
     entries, new = raw["Layers"], "I/O Tensors" in raw
     tensors = raw.get("I/O Tensors" if new else "Bindings", [])
+    if not isinstance(tensors, list) or not all(isinstance(entry, str | Mapping) for entry in entries):
+        raise BuildError(
+            f"expected layers and tensors by name or with properties; got something else at {where}; write it with "
+            "trtexec --exportLayerInfo=layers.json"
+        )
     only_names = bool(entries) and all(isinstance(entry, str) for entry in entries)
     return Inspection(
         layers=tuple(_named_layer(e) if isinstance(e, str) else _json_layer(e) for e in entries),
@@ -211,10 +219,15 @@ def parse_profile(text: str, *, where: str = "the profile") -> dict[str, float]:
 def _profile_entries(text: str) -> list[tuple[str, float]]:
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return [(m["name"], float(m["ms"])) for m in map(_PROFILE_ENTRY.search, text.splitlines()) if m]
     rows = [row for row in raw if isinstance(row, Mapping)] if isinstance(raw, list) else []
-    return [(str(row["name"]), float(row["averageMs"])) for row in rows if "name" in row and "averageMs" in row]
+    timed = [row for row in rows if "name" in row and _is_time(row.get("averageMs"))]
+    return [(str(row["name"]), float(row["averageMs"])) for row in timed]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < LONGEST_MS
 
 
 def read_layers(path: Path) -> tuple[EngineLayer, ...]:

@@ -19,6 +19,7 @@ TrainingFormat = Literal["auto", "fp32", "bf16", "fp16"]
 LoggerName = Literal["tensorboard", "mlflow"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 EVERY_STRATUM = "*"
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # the 45th of a month is a ValueError to its reader
 
 
 def _number_or_auto(value: Any) -> Any:
@@ -711,7 +712,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, target: str | None
         ) from error
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise RecipeError(f"expected a YAML recipe file; got {path}, which is not one; name the recipe file") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise RecipeError(f"expected a readable recipe; got {error.strerror} at {path}; correct the path") from error
+    except NO_YAML as error:
         raise RecipeError(
             f"expected YAML; got a syntax error at {path}: {str(error).strip()}; mend the file"
         ) from error
@@ -740,7 +743,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"expected {parent!r} to be a section; got a value, in the override {override!r}")
     try:
         section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         raise RecipeError(f"expected a YAML value; got {text!r} in the override {override!r}") from error
 
 
@@ -767,7 +770,9 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation if hasattr(model, "model_fields") else None
+        if part not in model.model_fields:  # a key of a mapping, whose values are of this section
+            continue
+        annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
         if not sections:

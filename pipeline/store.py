@@ -191,7 +191,7 @@ class Store:
             return None
         try:
             stored = _read_manifest(path / MANIFEST, key)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return self._damaged(key, f"{MANIFEST}: {error}", warn)
         files: dict[str, str] = stored["files"]
         wrong = next((name for name, sha in files.items() if not _intact(path / name, sha)), None)

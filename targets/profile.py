@@ -352,7 +352,7 @@ def _read(path: Path) -> Profile:
             f"expected a readable target file; got none at {path} ({error.strerror}); "
             "give the path of a YAML profile, or a name that `fusepress targets ls` prints"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 45th of a month, or no UTF-8
         first = " ".join(str(error).split())
         raise TargetError(f"expected YAML; got a file that does not parse at {path} ({first}); correct it") from error
     if not isinstance(raw, Mapping):

@@ -20,15 +20,16 @@ from fusepress.pipeline.errors import MeasureError
 Array = npt.NDArray[np.float64]
 ERRORS_KEPT = 3
 
-_BANNER = re.compile(r"&&&& \w+ TensorRT\.trtexec \[TensorRT v(?P<number>[\d.]+)\](?: \[b(?P<build>\d+)\])?")
+_NUMBER = r"-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
+_BANNER = re.compile(r"&&&& \w+ TensorRT\.trtexec \[TensorRT v(?P<number>[\d.]{1,20})\](?: \[b(?P<build>\d+)\])?")
 _END = re.compile(r"^&&&& (PASSED|FAILED) TensorRT\.trtexec", re.MULTILINE)
 _LINE = re.compile(r"^\[[^\]]*\] \[(?P<level>[IWEV])\] ?(?P<text>.*)$")
 _METRIC = re.compile(
     r"^(?P<name>Latency|End-to-End Host Latency|Enqueue Time|H2D Latency|GPU Compute Time|D2H Latency): (?P<rest>.*)$"
 )
-_VALUE = re.compile(r"(?P<key>min|max|mean|median|percentile\((?P<p>[\d.]+)%\)) = (?P<ms>[\d.eE+-]+|inf) ms")
-_THROUGHPUT = re.compile(r"^Throughput: (?P<qps>[\d.eE+-]+|inf) qps")
-_UNSTABLE = re.compile(r"GPU compute time is unstable, with coefficient of variance = (?P<percent>[\d.]+)%")
+_VALUE = re.compile(r"(?P<key>min|max|mean|median|percentile\((?P<p>[\d.]+)%\)) = (?P<ms>" + _NUMBER + r"|inf) ms")
+_THROUGHPUT = re.compile(r"^Throughput: (?P<qps>" + _NUMBER + r"|inf) qps")
+_UNSTABLE = re.compile(r"GPU compute time is unstable, with coefficient of variance = (?P<percent>" + _NUMBER + r")%")
 _PHRASES = re.compile(r"\b(Engine set up failed|Building engine failed|Parsing model failed|Inference set up failed)\b")
 # trtexec prints what C++ streams make of these, which is no JSON
 _NOT_A_NUMBER = re.compile(r"(?<![\w\"])(-?)(nan|inf)(?:\(\w*\))?(?![\w\"])", re.IGNORECASE)
@@ -148,11 +149,14 @@ def parse_times(text: str, *, warmup_ms: float = 0.0, where: str = "the times") 
     advice = "measure again; the file is what trtexec --exportTimes writes"
     try:
         rows = json.loads(_plain(text))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise MeasureError(f"expected the times of inferences; got no JSON at {where} ({error}); {advice}") from error
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and set(_NEEDED) <= set(row) for row in rows):
         raise MeasureError(f"expected rows with {', '.join(_NEEDED)}; got something else at {where}; {advice}")
-    table = np.array([[row[name] for name in _NEEDED] for row in rows], dtype=np.float64).reshape(-1, len(_NEEDED))
+    try:
+        table = np.array([[float(row[name]) for name in _NEEDED] for row in rows]).reshape(-1, len(_NEEDED))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MeasureError(f"expected times in milliseconds; got {error} at {where}; {advice}") from error
     kept = table[table[:, 0] >= warmup_ms]
     if not len(kept):
         raise MeasureError(
@@ -170,7 +174,7 @@ def parse_outputs(text: str, *, where: str = "the outputs") -> dict[str, Array]:
     try:
         rows: Any = json.loads(_plain(text))
         return {str(row["name"]): np.asarray(row["values"], dtype=np.float64).reshape(-1) for row in rows}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MeasureError(
             f"expected outputs with names and values; got something else at {where} ({error}); run trtexec "
             "--exportOutput again"

@@ -399,6 +399,47 @@ def test_what_is_changed_here_is_read_as_it_is(name: str, folder: Path) -> None:
     assert (said is None) == (name not in {"checkpoint", "measurements", "trtexec times"}), said
 
 
+HARD = [
+    b"a: 2024-13-45",
+    b"a: 0b_",
+    b"a: " + b"9" * 5000,
+    b"[" * 3000,
+    b"a: &a [*a]",
+    b"? [a]\n: b",
+    b"inherits: nothing",
+    b"inherits: [1]",
+    b"gates: {robustness: {camera_blank: {max_extra_dro: 1}}}",
+    b"finetune: {distill: {weights: {a: {b: 1}}}}",
+    b"target: 5",
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("name", AS_YAML)
+@pytest.mark.parametrize("content", HARD)
+def test_what_yaml_stumbles_over(name: str, content: bytes, folder: Path) -> None:
+    _try(name, content, folder)
+
+
+@pytest.mark.parametrize("content", HARD)
+def test_overrides_that_yaml_stumbles_over(content: bytes, folder: Path) -> None:
+    _override(("seed", content.decode(errors="replace")), folder)
+
+
+@pytest.mark.parametrize("name", AS_JSON)
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"NaN", b"{}", b"[1]", b'"\\ud800"', b"\xff"])
+def test_what_json_stumbles_over(name: str, content: bytes, folder: Path) -> None:
+    _try(name, content, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("plan", {"removed_blocks": [[]]}), ("groups", {"branches": []}), ("engine layers", {"Bindings": None})],
+)
+def test_values_that_were_stumbled_over(name: str, change: dict[str, Any], folder: Path) -> None:
+    _try(name, json.dumps({**json.loads(valid(name)), **change}).encode(), folder)
+
+
 @pytest.mark.parametrize("name", FILES)
 @settings(QUIET, max_examples=FEW)
 @given(data=st.data())

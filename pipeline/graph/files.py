@@ -54,7 +54,7 @@ def load_graph(path: Path) -> GroupGraph:
             branches=branches,
             blocks=blocks,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"expected coupled groups of schema {SCHEMA}; got a file that does not fit at {path} ({error}); run "
             "`fusepress compress --from baseline` again"

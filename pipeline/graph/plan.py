@@ -302,7 +302,7 @@ class PrunePlan:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"expected a prune plan in JSON; got {error} at {where}; write the plan again"
             ) from error
@@ -317,7 +317,7 @@ class PrunePlan:
             for i, group in enumerate(_take(raw, "groups", list, where))
         )
         swaps = _take(raw, "swaps", list, where) if "swaps" in raw else []
-        empty = {group.id for group in groups if not group.kept}
+        empty = [group.id for group in groups if not group.kept]  # no set: a damaged plan may name a block by anything
         for block in blocks:
             if block not in empty:
                 raise CheckpointError(
