@@ -87,7 +87,11 @@ def explanation() -> dict[str, Any]:
         }
         for index in range(40)
     ]
-    finding = {"kind": "broken fusion", "where": "__myl_CastMulMulCastAddReluMulMinMax_myl0_7" * 2, "what": "w" * 90}
+    finding: dict[str, Any] = {
+        "kind": "broken fusion",
+        "where": "__myl_CastMulMulCastAddReluMulMinMax_myl0_7" * 2,
+        "what": "w" * 90,
+    }
     found = [finding | {"advice": "try another " * 9, "gain_ms": 0.1, "measured_ms": None} for _ in range(8)]
     latency = {"latency_ms": 2.61, "low_ms": 2.2, "high_ms": 3.1, "extrapolating": False, "layers": 3, "small": {}}
     return {"kind": "predicted", "onnx_sha256": ONNX, "findings": found, "kernels": kernels, **latency}
