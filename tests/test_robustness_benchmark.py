@@ -43,7 +43,7 @@ def test_every_cell_is_a_recipe_of_its_own(cells: list[Any]) -> None:
         assert recipe.finetune is not None
         assert recipe.prune is not None
         assert (recipe.score.beta, recipe.prune.macs, recipe.seed) == (cell.beta, cell.macs, cell.seed)
-        assert (recipe.finetune.modality_dropout > 0) == (cell.remedy in ("dropout", "both"))
+        assert (recipe.finetune.modality_dropout > 0) == (cell.remedy in ("dropout", "more dropout", "both"))
         assert (recipe.score.robustness > 0) == (cell.remedy in ("scores", "both"))
 
 

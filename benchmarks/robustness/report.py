@@ -27,6 +27,7 @@ from fusepress.pipeline.store import atomic_write_text
 from fusepress.pipeline.task import LoadedTask, load_task
 
 REPLICATES = 2000
+OTHERS = [condition for condition in EVERY_CONDITION if condition not in CONDITIONS]
 Networks = Mapping[str, Samples]
 
 
@@ -46,7 +47,9 @@ def write_report(store: Path, cells: Sequence[Cell], left: Sequence[str], result
         for cell in cells
     ]
     networks = {"dense": dense, **{cell.name: samples_of(store, cell) for cell in cells}}
-    networks = {name: samples for name, samples in networks.items() if samples.has(EVERY_CONDITION, LOOK_BATCHES)}
+    networks = {
+        name: samples for name, samples in networks.items() if any(samples.has([one], LOOK_BATCHES) for one in OTHERS)
+    }
     found = {
         "command": command,
         "versions": tool_versions("torch", "numpy", "scipy"),
@@ -57,7 +60,11 @@ def write_report(store: Path, cells: Sequence[Cell], left: Sequence[str], result
         "dense": {_name(c): _metric(task, dense, c) for c in CONDITIONS},
         "cells": rows,
         "every_failure": {
-            name: {_name(c): _metric(task, samples, c, LOOK_BATCHES) for c in EVERY_CONDITION}
+            name: {
+                _name(c): _metric(task, samples, c, LOOK_BATCHES)
+                for c in EVERY_CONDITION
+                if samples.has([c], LOOK_BATCHES)
+            }
             for name, samples in networks.items()
         },
         "left": list(left),
@@ -173,7 +180,7 @@ def _text(found: Mapping[str, Any]) -> str:
     if found["every_failure"]:
         names = list(found["every_failure"])
         rows = [
-            [name, *(f"{found['every_failure'][network][name]:.4f}" for network in names)]
+            [name, *(_figure(found["every_failure"][network].get(name)) for network in names)]
             for name in map(_name, EVERY_CONDITION)
         ]
         told = f"{found['samples_of_every_failure']} samples, too few to judge by; to look at."
@@ -181,6 +188,10 @@ def _text(found: Mapping[str, Any]) -> str:
     if found["left"]:
         parts.append("Not run yet: " + ", ".join(found["left"]) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _latency(rows: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -209,7 +220,7 @@ def _plot(found: Mapping[str, Any], path: Path) -> None:
         1, len(kinds), figsize=(1.5 + 4.2 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
     colours = dict(zip(map(_name, CONDITIONS), ("#1b6ca8", "#c0392b", "#1e8449", "#b9770e"), strict=True))
-    marks = {"none": "o", "dropout": "^", "scores": "s", "both": "D"}
+    marks = {"dropout": "^", "more dropout": "v", "scores": "s", "both": "D"}
     for axes, kind in zip(panels[0], kinds, strict=True):
         rows = [row for row in found["cells"] if row["cell"]["data"] == kind]
         betas = sorted({row["cell"]["beta"] for row in rows})
@@ -235,7 +246,7 @@ def _plot(found: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("mIoU (dashed: dense)")
     panels[0][0].legend(fontsize=8)
-    marks_told = "open marks: remedies (triangle dropout, square scores, diamond both)"
+    marks_told = "open marks: remedies (triangle dropout, upside down more of it, square scores, diamond both)"
     figure.suptitle(f"{marks_told}; failures at severity {WORST}", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
