@@ -45,6 +45,18 @@ def test_a_clean_graph_has_no_findings(tmp_path: Path) -> None:
     assert explanation.latency_ms > 0
 
 
+def test_the_kernels_are_what_the_latency_is_made_of(tmp_path: Path) -> None:
+    graph = Graph(half=True)
+    graph.output(_chain(graph, graph.input("x", [1, 256, SIZE, SIZE]), [256] * 4))
+    explanation = _explain(graph, tmp_path)
+    assert sum(kernel.ms for kernel in explanation.kernels) == pytest.approx(explanation.latency_ms)
+    layers = [kernel for kernel in explanation.kernels if kernel.op == "Conv"]
+    assert [kernel.name for kernel in layers] == ["layer0", "layer1", "layer2"]
+    assert {kernel.macs for kernel in layers} == {256 * 256 * 9 * SIZE * SIZE}
+    assert {(kernel.precision, kernel.bound) for kernel in layers} == {("fp16", "compute")}
+    assert explanation.to_dict()["kernels"][0]["ms"] > 0
+
+
 def test_a_clean_int8_graph_has_no_findings(tmp_path: Path) -> None:
     graph = Graph(19, half=True)
     x = graph.conv(graph.input("x", [1, 4, SIZE, SIZE]), (4, 256), "stem")

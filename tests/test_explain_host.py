@@ -101,6 +101,8 @@ def test_relus_that_others_read_too_are_left(fault: str) -> None:
 
 def test_what_stays_in_floating_point_is_measured_and_told_what_mends_it(tmp_path: Path) -> None:
     found = explain_on_host(_chain().save(tmp_path / "m.onnx"), HOST, threads=1, seconds=0.2)
+    assert sum(kernel.ms for kernel in found.kernels) == pytest.approx(found.measured_ms)
+    assert all(kernel.bound == "" for kernel in found.kernels)  # a profile does not tell
     assert (found.target, found.precision, found.evidence) == ("host-cpu", "int8", "measured")
     assert found.to_dict()["kind"] == "measured"
     assert found.low_ms <= found.latency_ms <= found.high_ms

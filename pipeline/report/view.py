@@ -12,6 +12,7 @@ Besides measurements and verdicts the record's free-form fields are read where p
 * `details["choice"]`, `details["calibration"]`, `details["sparsity"]` of any stage: a mapping of figures;
 * `details["history"]` and `details["looks"]` of stages that train (report/training.py);
 * `details["ladder"]`, `["sensitivity"]` and `["coverage"]` of `quantize` (report/quantization.py);
+* `details["constant"]` of `verify`: the metrics of a constant answer (robustness.py);
 * `details["note"]` of any stage: what a reader must know; `details["executed"]` of `build`: whether its engine ran;
 * other plain values in `details` are listed with their stage.
 
