@@ -36,7 +36,7 @@ types: install
 
 test-long: install
 	$(PYTEST) -m long
-	$(BIN)/python benchmarks/kill_campaign.py --kills 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 20 --results build/faults
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache

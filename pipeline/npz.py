@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +49,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any
         data = file.read()
     if dtype.hasobject:
         raise ValueError("pickled objects")
-    if math.prod(shape) * dtype.itemsize != len(data) or (dtype.itemsize == 0 and math.prod(shape)):
+    count = 1
+    for size in shape:
+        count *= size  # of any size: Python's numbers have no end
+    if count * dtype.itemsize != len(data) or (dtype.itemsize == 0 and count):
         raise ValueError(f"{member.filename} of {len(data)} bytes, which claims the shape {shape}")
     flat = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
     return flat.reshape(shape, order="F" if by_columns else "C").copy()

@@ -192,14 +192,16 @@ class Store:
         try:
             stored = _read_manifest(path / MANIFEST, key)
         except (OSError, ValueError, RecursionError) as error:
-            return self._damaged(key, f"{MANIFEST}: {error}", warn)
+            self._drop(key, f"{MANIFEST}: {error}", warn)
+            return None
         files: dict[str, str] = stored["files"]
         wrong = next((name for name, sha in files.items() if not _intact(path / name, sha)), None)
         if wrong is not None:
-            return self._damaged(key, wrong, warn)
+            self._drop(key, wrong, warn)
+            return None
         return Entry(path=path, files=files, payload=stored["payload"])
 
-    def _damaged(self, key: str, what: str, warn: Callable[[str], None]) -> None:
+    def _drop(self, key: str, what: str, warn: Callable[[str], None]) -> None:
         warn(f"the stored result {key[:12]} is damaged ({what}); it is removed and made again")
         shutil.rmtree(self.entry_path(key), ignore_errors=True)
 

@@ -58,7 +58,7 @@ class Slow:
 
 def _run(run: Path) -> int:
     facts: dict[str, Any] = {"name": "r", "fusepress": "0", "target": "t", "seed": 0}
-    hashes = dict.fromkeys(["recipe_sha256", "task_sha256", "checkpoint_sha256"], "")
+    hashes: dict[str, Any] = dict.fromkeys(["recipe_sha256", "task_sha256", "checkpoint_sha256"], "")
     fields: dict[str, Any] = {"artifacts": {}, "shas": {}, "reporter": Reporter(quiet=True), "final_precision": "fp16"}
     context = SimpleNamespace(**fields, target_identity=lambda: {"name": "target"})
 

@@ -82,9 +82,11 @@ def test_a_count_of_other_code_is_made_again(run: ModuleType, tmp_path: Path, mo
     made: list[str] = []
 
     def cells(name: str) -> dict[str, int]:
-        found: dict[str, int] = run.Cells(tmp_path / "cells.json", 10, 0).get(
-            "row", 5, lambda: made.append(name) or {"PASS": 1}
-        )
+        def make() -> dict[str, int]:
+            made.append(name)
+            return {"PASS": 1}
+
+        found: dict[str, int] = run.Cells(tmp_path / "cells.json", 10, 0).get("row", 5, make)
         return found
 
     assert cells("first") == cells("again") == {"PASS": 1}

@@ -22,7 +22,8 @@ KINDS = arrays.integer_dtypes() | arrays.floating_dtypes(endianness="<") | array
 @given(array=KINDS.flatmap(lambda kind: arrays.arrays(kind, arrays.array_shapes(min_dims=0, min_side=0, max_side=4))))
 def test_what_numpy_writes_comes_back(tmp_path_factory: pytest.TempPathFactory, array: np.ndarray[Any, Any]) -> None:
     path = tmp_path_factory.mktemp("npz") / "a.npz"
-    np.savez(path, **{"deep/name": array, "by_columns": np.asfortranarray(array)})
+    named: dict[str, Any] = {"deep/name": array, "by_columns": np.asfortranarray(array)}
+    np.savez(path, **named)
     found = load_npz(path, "arrays")
     assert set(found) == {"deep/name", "by_columns"}
     for back in found.values():

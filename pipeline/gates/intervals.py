@@ -74,9 +74,9 @@ def interval(
     Returns:
         None where it is undefined: no point, one unit, or so many undefined draws that an end is among them.
     """
-    drawn = np.asarray(drawn, dtype=np.float64)
-    defined = np.isfinite(drawn)
-    finite = drawn[defined]
+    every: Floats = np.asarray(drawn, dtype=np.float64)
+    defined = np.isfinite(every)
+    finite = every[defined]
     enough = len(drawn) > 0 and len(finite) >= (1 - MOST_UNDEFINED) * len(drawn)
     if not math.isfinite(point) or units < 2 or not enough:
         return None
@@ -86,7 +86,7 @@ def interval(
         return Interval(point, point - half, point + half, units - 1)
     tail = float(special.ndtr(-reach))
     levels = (tail, 1 - tail) if jackknife is None else bca_levels(point, finite, np.asarray(jackknife), tail)
-    low, high = (_worst_quantile(drawn, defined, level, end) for level, end in zip(levels, (-1, 1), strict=True))
+    low, high = (_worst_quantile(every, defined, level, end) for level, end in zip(levels, (-1, 1), strict=True))
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
     return Interval(point, min(low, point), max(high, point), units - 1)
