@@ -23,7 +23,7 @@ from fusepress.pipeline.gates import (
     save_replicates,
 )
 from fusepress.pipeline.recipe import GatesConfig, Recipe, ReleaseGate
-from fusepress.pipeline.store import atomic_write_text
+from fusepress.pipeline.store import atomic_write_text, sha256_file
 from fusepress.pipeline.text import print_verdicts
 
 ONNX = "a" * 64
@@ -201,10 +201,11 @@ def test_a_run_that_did_not_pass_is_no_release() -> None:
 
 def _run_folder(folder: Path, now: Replicates, latency_ms: float = 4.0) -> Path:
     """A run folder as `compress` leaves it, as far as the gates read it."""
-    artifacts = {"onnx": ONNX, "replicates": "b" * 64, "dense_onnx": "c" * 64}
+    save_replicates(folder / "verify/replicates.npz", now)
+    stored = sha256_file(folder / "verify/replicates.npz")
+    artifacts = {"onnx": ONNX, "replicates": stored, "dense_onnx": "c" * 64}
     named = {name: Artifact(path=f"verify/{name}.npz", sha256=sha) for name, sha in artifacts.items()}
     run = record(latency_ms, artifacts=named, name=folder.name)
-    save_replicates(folder / "verify/replicates.npz", now)
     atomic_write_text(folder / "run.json", run.to_json())
     gates = {"accuracy": {"max_drop": 0.05}, "release": {"file": "../baseline.json", "max_drop": {"miou": 0.01}}}
     recipe = Recipe.model_validate({"task": "t.py:T", "checkpoint": "c", "gates": gates})
