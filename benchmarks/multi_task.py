@@ -1,8 +1,12 @@
 """The multi-task student beside its experts, and compressed: one table of what has been trained.
 
     python examples/street/train_multi.py --out runs/multi --seed 0        # about an hour a seed; again for more seeds
-    fusepress compress examples/street/multi.yaml -o seed=0 --run runs/multi/seed-0/compressed \
+    fusepress compress examples/street/multi.yaml --run runs/multi/seed-0/compressed \
         -o checkpoint=runs/multi/seed-0/distilled.safetensors -o finetune.precision=bf16
+    # what the same training makes of the dense network, as a control:
+    fusepress compress examples/street/multi.yaml -o prune=null -o finetune.reconstruct=0 -o quantize=null \
+        -o checkpoint=runs/multi/seed-0/distilled.safetensors -o finetune.precision=bf16 \
+        --run runs/multi/seed-0/trained-on
     python -m benchmarks.multi_task [--runs runs/multi] [--results FILE]
 
 Nothing is trained here. Each task's score goes from 0 to 1, and the mean of a row is over its tasks; the parameters of
@@ -22,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "multi_task.json"
-COMPRESSED = "compressed"  # run folder beside a seed's networks
+COMPRESSED = "compressed"  # run folders beside a seed's networks
+TRAINED_ON = "trained-on"
 STAGES = ("baseline", "prune", "finetune", "quantize", "verify")
 FIGURES = re.compile(r"accuracy\.score|macs|params|robustness\..*\.score")
 SCORES = {"segmentation": "miou", "detection": "nds", "depth": "depth_object_delta1", "waypoints": "waypoint_ade_m"}
@@ -83,8 +88,9 @@ def collected(runs: Path) -> dict[str, Any]:
             continue
         seed = {"rows": seed_rows(records), "commands": [record["command"] for record in records.values()]}
         seed |= {"n": records[EXPERTS[0]]["n"], "versions": records[EXPERTS[0]]["versions"]}
-        if (run := folder / COMPRESSED / "run.json").is_file():
-            seed[COMPRESSED] = compressed_row(json.loads(run.read_text()))
+        for name in (COMPRESSED, TRAINED_ON):
+            if (run := folder / name / "run.json").is_file():
+                seed[name] = compressed_row(json.loads(run.read_text()))
         seeds[folder.name.removeprefix("seed-")] = seed
     if not seeds:
         raise FileNotFoundError(
@@ -103,8 +109,10 @@ def lines(seeds: Mapping[str, Any]) -> list[str]:
             figures = {key: statistics.mean(row[key] for row in rows) for key in ("params", *EXPERTS, "mean")}
             text.append(f"{name:10s} n={len(rows)} " + " ".join(f"{key}={value:.4g}" for key, value in figures.items()))
     for seed, found in seeds.items():
-        for stage, row in found.get(COMPRESSED, {}).items():
-            text.append(f"seed {seed} {stage:9s} " + " ".join(f"{key}={value:.4g}" for key, value in row.items()))
+        for name in (COMPRESSED, TRAINED_ON):
+            for stage, row in found.get(name, {}).items():
+                figures = " ".join(f"{key}={value:.4g}" for key, value in row.items())
+                text.append(f"seed {seed} {name:10s} {stage:9s} {figures}")
     return text
 
 
