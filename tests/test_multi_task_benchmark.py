@@ -75,10 +75,16 @@ def test_seeds_that_are_not_complete_do_not_count(bench: ModuleType, tmp_path: P
         for name, record in records().items():
             if seed == 0 or name != "depth":
                 (folder / f"{name}.json").write_text(json.dumps(record))
+    control = tmp_path / "runs" / "seed-0" / "trained-on" / "run.json"
+    control.parent.mkdir()
+    stage = {"name": "finetune", "measurements": [{"name": "accuracy.score", "value": 0.75}]}
+    control.write_text(json.dumps({"stages": [stage]}))
     bench.main(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "table.json")])
     table = json.loads((tmp_path / "table.json").read_text())
     assert list(table["seeds"]) == ["0"]
     assert table["seeds"]["0"]["n"] == 96
+    assert table["seeds"]["0"]["trained-on"] == {"finetune": {"accuracy.score": 0.75}}
+    assert "compressed" not in table["seeds"]["0"]
 
 
 def test_the_tasks_are_those_that_are_trained(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
