@@ -111,8 +111,8 @@ def lines(seeds: Mapping[str, Any]) -> list[str]:
     for seed, found in seeds.items():
         for name in (COMPRESSED, TRAINED_ON):
             for stage, row in found.get(name, {}).items():
-                figures = " ".join(f"{key}={value:.4g}" for key, value in row.items())
-                text.append(f"seed {seed} {name:10s} {stage:9s} {figures}")
+                shown = " ".join(f"{key}={value:.4g}" for key, value in row.items())
+                text.append(f"seed {seed} {name:10s} {stage:9s} {shown}")
     return text
 
 
