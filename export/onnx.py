@@ -409,7 +409,7 @@ def load_onnx(path: Path) -> Any:
     """Read an ONNX file.
 
     Raises:
-        ExportError: it is missing or is not ONNX.
+        ExportError: it is missing, is not ONNX, or holds a tensor whose data do not fit its shape and type.
     """
     import onnx
 
@@ -421,7 +421,26 @@ def load_onnx(path: Path) -> Any:
         raise ExportError(f"expected an ONNX file; got something else at {path}; export the model again") from error
     if not proto.graph.node:
         raise ExportError(f"expected an ONNX file with a graph; got an empty one at {path}; export the model again")
+    damaged = next((tensor.name for tensor in proto.graph.initializer if not _readable(tensor)), None)
+    if damaged is not None:
+        raise ExportError(
+            f"expected constants whose data fit their shapes and types; got other data for {damaged!r} at {path}; "
+            "export the model again"
+        )
     return proto
+
+
+def _readable(tensor: Any) -> bool:
+    """Whether a constant can be made an array; one whose data lie in another file is not looked at."""
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return True
+    try:
+        numpy_helper.to_array(tensor)
+    except Exception:  # noqa: BLE001  # ValueError, TypeError, KeyError, ...: whatever says that it is no tensor
+        return False
+    return True
 
 
 def save_onnx(proto: Any, path: Path, *, remarks: tuple[str, ...] = ()) -> ExportInfo:

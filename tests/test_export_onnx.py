@@ -8,11 +8,13 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import fusepress.export.onnx as module
@@ -178,6 +180,22 @@ def test_files_that_are_not_onnx_are_refused(tmp_path: Path) -> None:
         describe_onnx(tmp_path / "text.onnx")
     with pytest.raises(ExportError, match="got none at"):
         describe_onnx(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("change", [{"dims": [0, 3]}, {"dims": [5]}, {"raw_data": b""}, {"data_type": 0}])
+def test_constants_whose_data_do_not_fit_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
+    for field, value in change.items():
+        weight.ClearField(field)
+        getattr(weight, field).extend(value) if field == "dims" else setattr(weight, field, value)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n]) for name, n in (("x", 2), ("y", 3)))
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(
+        ExportError, match=r"expected constants whose data fit .*; got other data for 'w' at .*model\.onnx"
+    ):
+        load_onnx(path)
 
 
 class _Resampling(nn.Module):
